@@ -1,0 +1,89 @@
+"""One call of a model's attention: where it happened (`Site`) and what came of it (`Call`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from attnlab_kernels import Emitted
+from torch import Tensor
+
+Kind = Literal["self", "cross", "encoder"]
+"""`self`: decoder (or only) self-attention; `encoder`: self-attention inside an encoder-decoder's encoder; `cross`."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Address of one head; prints as `L5H1`."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What is known of an attention call before it is computed.
+
+    Attributes:
+        layer: number of the layer within its kind, from 0.
+        kind: `self`, `cross` or `encoder`.
+        n_heads: query heads Hq.
+        n_key_heads: key heads Hkv.
+        n_queries, n_keys: Nq and Nk.
+        query_mask: [B, Nq] boolean, True for queries that count (not padding); None when all do.
+        key_mask: [B, Nk] boolean, True for keys that exist; None when all do.
+        causal: whether key j is hidden from query i when j > i + query_offset.
+        query_offset: position of the first query minus that of the first key.
+        window: keys at a distance of `window` or more are hidden; None without a window.
+        device: where the tensors are.
+    """
+
+    layer: int
+    kind: Kind
+    n_heads: int
+    n_key_heads: int
+    batch: int
+    n_queries: int
+    n_keys: int
+    query_mask: Tensor | None
+    key_mask: Tensor | None
+    causal: bool
+    query_offset: int
+    window: int | None
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One attention call and its statistics.
+
+    Attributes:
+        site: where it happened.
+        emitted: the statistics asked for.
+        q, k, v: [B, Hq, Nq, D], [B, Hkv, Nk, D], [B, Hkv, Nk, Dv] as attention received them (after rotary
+            embedding), or None unless asked for.
+        z: [B, Hq, Nq, Dv], the per-head output before the output projection, or None unless asked for.
+        scale: factor on q . k.
+    """
+
+    site: Site
+    emitted: Emitted
+    scale: float
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    z: Tensor | None = None
+
+    @property
+    def layer(self) -> int:
+        """Number of the layer within its kind."""
+        return self.site.layer
+
+    @property
+    def kind(self) -> Kind:
+        """`self`, `cross` or `encoder`."""
+        return self.site.kind

@@ -1,0 +1,212 @@
+"""Which layer of which kind is calling, and who in the batch is padding: watched with hooks while a capture is on.
+
+An attention function is told its module and tensors, but not whether it is self- or cross-attention, how often its
+module ran before (ALBERT shares one), or which *queries* are padding. Forward hooks see all three: the arguments of the
+models around the call and the module's place in them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from attnlab.capture.call import Kind
+
+LayerKey = tuple[Kind, str, int]
+"""Kind, path of the attention module, and how often it ran before in the same forward."""
+
+_CROSS = re.compile(r"encoder_attn|EncDecAttention|cross_?att|encoder_decoder_att", re.IGNORECASE)
+_NOT_SOFTMAX = re.compile(r"Linear|Lightning|Gated|Delta|Output|Pool|Norm|Embed|Mask|Rotary|Bias")
+
+
+@dataclass(eq=False)
+class _Frame:
+    """A model, or a part that is a model by itself, whose forward is running."""
+
+    module: nn.Module
+    arguments: Mapping[str, Any]
+    padding: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, name: str) -> Tensor | None:
+        """The 2-D mask passed as `name` as booleans, None when nothing is padded."""
+        if name not in self.padding:
+            given = self.arguments.get(name)
+            known = isinstance(given, Tensor) and given.dim() == 2 and not given.is_meta
+            mask = given.to(torch.bool) if known and given is not None else None
+            self.padding[name] = None if mask is None or bool(mask.all()) else mask
+        return self.padding[name]
+
+
+@dataclass(eq=False)
+class _Running:
+    """An attention module whose forward is running."""
+
+    module: nn.Module
+    arguments: Mapping[str, Any]
+    occurrence: int
+    dispatched: bool = False
+
+
+class Watcher:
+    """Follows the forwards of one model; numbers its attention layers as they first call, by kind.
+
+    Args:
+        model: the transformers model.
+        numbering: layers that are known already, from an earlier watch over the same model.
+    """
+
+    def __init__(self, model: nn.Module, numbering: Mapping[LayerKey, int] | None = None) -> None:
+        self.model = model
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.numbering: dict[LayerKey, int] = dict(numbering or {})
+        self.calls: Counter[tuple[Kind, int]] = Counter()
+        self.forwards = 0
+        self.silent: dict[str, str] = {}
+        """Attention modules that ran without calling the attention function: class name by path."""
+        self._frames: list[_Frame] = []
+        self._running: list[_Running] = []
+        self._occurrences: Counter[int] = Counter()
+        self._handles: list[RemovableHandle] = []
+        self._encoder, self._text_config = _parts(model)
+
+    def attach(self) -> None:
+        """Install the hooks."""
+        from transformers import PreTrainedModel
+
+        for module in self.model.modules():
+            name = type(module).__name__
+            if isinstance(module, PreTrainedModel):
+                before, after = self._enter_model, self._leave_model
+            elif "Attention" in name and not _NOT_SOFTMAX.search(name):
+                before, after = self._enter_attention, self._leave_attention
+            else:
+                continue
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._frames:
+            self.forwards += 1
+            self._occurrences.clear()
+        self._frames.append(_Frame(module, _bind(module, args, kwargs)))
+
+    def _leave_model(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
+        # Popping down to the module keeps the stack right when a forward in between was cut off by an exception.
+        while self._frames and self._frames.pop().module is not module:
+            pass
+
+    def _enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._running.append(_Running(module, _bind(module, args, kwargs), self._occurrences[id(module)]))
+        self._occurrences[id(module)] += 1
+
+    def _leave_attention(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
+        while self._running:
+            last = self._running.pop()
+            if last.module is module:
+                break
+        else:
+            return
+        if last.dispatched:
+            for outer in self._running:
+                outer.dispatched = True
+        elif output is not None:
+            self.silent[self.paths.get(id(module), "")] = type(module).__name__
+
+    def locate(self, module: nn.Module) -> tuple[Kind, int]:
+        """Kind and layer number of the attention call that `module` is making, which is counted."""
+        running = next((r for r in reversed(self._running) if r.module is module), None)
+        first = running is None or not running.dispatched
+        if running is None:
+            occurrence = self._occurrences[id(module)]
+            self._occurrences[id(module)] += 1
+        else:
+            occurrence, running.dispatched = running.occurrence, True
+        kind = self._kind(module, running.arguments if running else {})
+        key = (kind, self.paths[id(module)], occurrence)
+        if key not in self.numbering:
+            self.numbering[key] = sum(1 for known in self.numbering if known[0] == kind)
+        layer = self.numbering[key]
+        if first:
+            self.calls[kind, layer] += 1
+        return kind, layer
+
+    def _kind(self, module: nn.Module, arguments: Mapping[str, Any]) -> Kind:
+        path = self.paths[id(module)]
+        other = (arguments.get("key_value_states"), arguments.get("encoder_hidden_states"))
+        if any(isinstance(states, Tensor) for states in other) or getattr(module, "is_cross_attention", False):
+            return "cross"
+        if _CROSS.search(path.rpartition(".layers.")[2]) or "Cross" in type(module).__name__:
+            return "cross"
+        if id(module) in self._encoder:
+            return "encoder"
+        config = getattr(module, "config", None)
+        tower = self._text_config is not None and config is not None and config is not self._text_config
+        return "encoder" if tower and type(config) is not type(self._text_config) else "self"
+
+    def query_padding(self, kind: Kind, batch: int, n_queries: int) -> Tensor | None:
+        """[B, Nq] booleans, False for queries that are padding; None when none are, or nothing is known."""
+        for frame in reversed(self._frames):
+            both = "decoder_attention_mask" in frame.arguments
+            mask = frame.mask("decoder_attention_mask" if both and kind != "encoder" else "attention_mask")
+            if mask is not None and mask.shape[0] == batch and mask.shape[1] >= n_queries:
+                return mask[:, -n_queries:]
+        return None
+
+    def key_padding(self, kind: Kind, batch: int, n_keys: int) -> Tensor | None:
+        """[B, Nk] booleans, False for keys that are padding; None when none are, or nothing is known."""
+        names = ("encoder_attention_mask",) if kind == "cross" else ("attention_mask",)
+        for frame in reversed(self._frames):
+            for name in names:
+                mask = frame.mask(name)
+                if mask is not None and mask.shape == (batch, n_keys):
+                    return mask
+        return None
+
+
+def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a forward by name."""
+    function = getattr(module.forward, "__func__", module.forward)
+    receiver = () if function is module.forward else (module,)
+    try:
+        signature = _signature(function)
+        named = dict(signature.bind_partial(*receiver, *args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return kwargs
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
+    return named
+
+
+@lru_cache(maxsize=256)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _parts(model: nn.Module) -> tuple[frozenset[int], object | None]:
+    """Ids of the modules in an encoder-decoder's encoder; the text decoder's configuration where there are towers."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return frozenset(), None
+    if getattr(config, "is_encoder_decoder", False):
+        find = getattr(model, "get_encoder", None)
+        encoder = find() if callable(find) else None
+        if isinstance(encoder, nn.Module) and encoder is not model:
+            return frozenset(id(m) for m in encoder.modules()), None
+        return frozenset(), None
+    text = config.get_text_config(decoder=True)
+    return frozenset(), None if text is config else text
