@@ -1,0 +1,109 @@
+"""Figures of the sinks: the map of alpha_1, alpha over positions, the strongest heads, positions and tokens."""
+
+from __future__ import annotations
+
+import html
+import itertools
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from attnlab.plots import blank, head_map, profile, top_bars
+from attnlab.plots.matrix import matrix_trace
+from attnlab.plots.profile import layer_means
+from attnlab.results import NamedArray, Result
+from attnlab.view.tokens import readable
+from attnlab_analyses.sentences import kind_named
+
+_TOP = 15
+_FEW_READERS = 0.05
+"""Positions with less than this share of the first one's readers are not drawn: their alpha is next to nobody's."""
+
+
+def sink_figures(result: Result) -> dict[str, go.Figure]:
+    """All figures of a sinks result by name, the map of alpha_1 first."""
+    metrics = [m for m in ("sink_mass", "sink_rate", "learned_sink_mass") if m in set(result.heads["metric"])]
+    found = {metric: head_map(result.heads, metric) for metric in metrics}
+    for kind in dict.fromkeys(result.heads["kind"]):
+        suffix = "" if kind == "self" else f"_{kind}"
+        alpha, readers = result.arrays[f"{kind}.alpha"], result.arrays[f"{kind}.readers"]
+        found[f"positions{suffix}"] = alpha_by_position(alpha, readers, kind)
+        found[f"positions_by_head{suffix}"] = profile(
+            _drawn(alpha, readers),
+            list(alpha.coordinates["position"]),
+            f"α by key position, {kind_named(kind)}",
+            "mass received per reader; position 1 is the first visible key",
+            unit="per reader",
+            weights=readers.values,
+            first=1,
+        )
+        found[f"top_heads{suffix}"] = _top_heads(result.heads[result.heads["kind"] == kind], kind)
+        table = result.table[result.table["kind"] == kind]
+        if len(table):
+            found[f"top_tokens{suffix}"] = _top_tokens(table, kind)
+    return found
+
+
+def alpha_by_position(alpha: NamedArray, readers: NamedArray, kind: str) -> go.Figure:
+    """Heat map of alpha by layer and key position, the heads of a layer averaged."""
+    edges = list(alpha.coordinates["position"])
+    values = layer_means(_drawn(alpha, readers), readers.values)
+    values = values[:, : int(np.isfinite(values).any(0).nonzero()[0].max(initial=0)) + 1]
+    edges = edges[: values.shape[1] + 1]
+    names = [str(a + 1) if b == a + 1 else f"{a + 1}–{b}" for a, b in itertools.pairwise(edges)]
+    figure = blank(
+        f"α by layer and key position, {kind_named(kind)}", "mass received per reader, mean over the heads of a layer"
+    )
+    trace = matrix_trace(values, unit="")
+    if trace.z.shape == values.shape:
+        texts = np.broadcast_to(np.array(names, dtype=object), values.shape)
+        trace.update(customdata=texts)
+        trace.update(
+            hovertemplate="layer %{y}, position %{customdata}<br>α = %{z:.4g}<extra></extra>", xgap=0.5, ygap=1
+        )
+    figure.add_trace(trace)
+    step = max(1, -(-len(names) // 8))
+    ticks = list(range(0, len(names), step))
+    figure.update_xaxes(
+        title="key position", showgrid=False, tickvals=ticks, ticktext=[names[t] for t in ticks], tickangle=0
+    )
+    figure.update_yaxes(title="layer", showgrid=False, autorange="reversed", tick0=0, dtick=-(-values.shape[0] // 16))
+    figure.update_layout(height=int(np.clip(22 * values.shape[0] + 170, 260, 800)))
+    return figure
+
+
+def _drawn(alpha: NamedArray, readers: NamedArray) -> np.ndarray:
+    few = readers.values < _FEW_READERS * readers.values[..., :1]
+    return np.where(few, np.nan, alpha.values)
+
+
+def _top_heads(heads: pd.DataFrame, kind: str) -> go.Figure:
+    rows = heads[heads["metric"] == "sink_mass"].nlargest(_TOP, "value")
+    rates = heads[heads["metric"] == "sink_rate"].set_index(["layer", "head"])["value"]
+    places = list(zip(rows["layer"], rows["head"], strict=True))
+    return top_bars(
+        [f"L{layer}H{head}" for layer, head in places],
+        rows["value"].tolist(),
+        f"Heads with most mass on the first token, {kind_named(kind)}",
+        "α₁, mean over sequences",
+        unit="α₁",
+        hover=[f"sink rate {rates.get(place, float('nan')):.2f}" for place in places],
+    )
+
+
+def _top_tokens(table: pd.DataFrame, kind: str) -> go.Figure:
+    rows = table.nlargest(_TOP, "alpha")
+    # Tokens are anybody's text, and Plotly reads labels as HTML.
+    labels = [
+        html.escape(readable(str(token)), quote=False) + (" (first)" if first else "") + f" · {token_id}"
+        for token, first, token_id in zip(rows["token"], rows["first"], rows["token_id"], strict=True)
+    ]
+    return top_bars(
+        labels,
+        rows["alpha"].tolist(),
+        f"Tokens that receive most, {kind_named(kind)}",
+        "mass received per reader over all heads; “first” is the token at the first position",
+        unit="α",
+        hover=[f"{count:,} occurrences" for count in rows["count"]],
+    )

@@ -1,0 +1,58 @@
+"""What the metrics of `heads.parquet` are called in a figure, in which unit, and over which range their colours run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """How a metric is shown.
+
+    Attributes:
+        title: for headings.
+        unit: of the value, empty for a plain share.
+        meaning: one line under the heading.
+        low, high: ends of the colour scale; None takes the data's. `high` is a least value: larger data extend it.
+    """
+
+    title: str
+    unit: str = ""
+    meaning: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+METRICS: dict[str, Metric] = {
+    "entropy": Metric("Attention entropy", "nats", "mean over query rows of -Σ A ln A", 0.0),
+    "entropy_normalized": Metric(
+        "Normalised attention entropy", "", "entropy over the log of the visible keys: 0 one key, 1 uniform", 0.0, 1.0
+    ),
+    "effective_keys": Metric("Effective keys", "keys", "1 / Σ A², the number of keys that a row really uses", 0.0),
+    "max_probability": Metric("Largest weight", "", "mean over query rows of the largest entry", 0.0, 1.0),
+    "distance": Metric("Attention distance", "tokens", "mean over query rows of how far back the attended keys lie"),
+    "sink_mass": Metric(
+        "Mass on the first token", "", "α₁, mean over query rows of the weight on the first visible key", 0.0, 0.3
+    ),
+    "sink_rate": Metric("Sink rate", "", "share of sequences in which α₁ is above the threshold", 0.0, 1.0),
+    "learned_sink_mass": Metric("Mass on the learned sink", "", "mean over query rows", 0.0, 1.0),
+}
+
+KINDS = {"self": "self-attention", "encoder": "encoder self-attention", "cross": "cross-attention"}
+
+
+def describe(metric: str) -> Metric:
+    """How to show a metric; one that is not known here goes by its own name.
+
+    >>> describe("previous_token").title
+    'Previous token'
+    """
+    return METRICS.get(metric, Metric(metric.replace("_", " ").capitalize()))
+
+
+def with_unit(value: str, unit: str) -> str:
+    """A number with its unit.
+
+    >>> with_unit("1.25", "nats"), with_unit("0.5", "")
+    ('1.25 nats', '0.5')
+    """
+    return f"{value} {unit}" if unit else value

@@ -1,0 +1,54 @@
+"""Figures inside the report: their JSON beside an empty place, drawn when it comes into view."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from attnlab.plots.head_map import head_map
+from attnlab.plots.metrics import METRICS, describe
+
+_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+def figure_html(figure: go.Figure, name: str, classes: str = "") -> str:
+    """A place for a figure and its data; `name` must be unique on the page."""
+    height = int(figure.layout.height or 420)
+    identifier = html.escape(name, quote=True)
+    return (
+        f'<figure class="card plot {classes}"><div class="figure" id="{identifier}" style="min-height:{height}px" '
+        f'data-figure="{identifier}-data"></div>{_data(figure, f"{identifier}-data")}</figure>'
+    )
+
+
+def maps_html(heads: pd.DataFrame) -> str:
+    """The layer x head maps of all metrics: one place, and a choice of metrics above it."""
+    there = set(heads["metric"])
+    metrics = [m for m in METRICS if m in there] + sorted(there - set(METRICS))
+    figures = {metric: head_map(heads, metric) for metric in metrics}
+    buttons = "".join(
+        f'<button type="button" data-show="map-{i}-data" aria-pressed="{str(i == 0).lower()}">'
+        f"{html.escape(describe(metric).title)}</button>"
+        for i, metric in enumerate(metrics)
+    )
+    data = "".join(_data(figure, f"map-{i}-data") for i, figure in enumerate(figures.values()))
+    height = max(int(figure.layout.height) for figure in figures.values())
+    return (
+        f'<div class="card"><div class="pills" role="group" aria-label="Metric" data-for="map">{buttons}</div>'
+        f'<div class="figure" id="map" style="min-height:{height}px" data-figure="map-0-data"></div>{data}</div>'
+    )
+
+
+def own_figures(figures: Mapping[str, go.Figure], metrics: set[str]) -> dict[str, go.Figure]:
+    """The figures of an analysis that are no maps of its metrics: those stand together at the top."""
+    return {name: figure for name, figure in figures.items() if name not in metrics}
+
+
+def _data(figure: go.Figure, identifier: str) -> str:
+    text = str(figure.to_json())
+    for character, escape in _UNSAFE.items():
+        text = text.replace(character, escape)
+    return f'<script type="application/json" id="{identifier}">{text}</script>'

@@ -1,0 +1,120 @@
+"""What an analysis is: it declares what it needs of each attention call and keeps a mergeable state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import plotly.graph_objects as go
+from attnlab_kernels import Emit
+from torch import Tensor
+
+from attnlab.capture.call import Call, Kind, Site
+from attnlab.results.result import Result
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The attention heads of a model, as an analysis needs to know them.
+
+    Attributes:
+        model_name: what the user called the model.
+        heads: number of query heads for each layer, by kind: `{"self": (12, 12, ...)}`.
+        vocabulary: size of the vocabulary, None for a model without one.
+        tokens: the text of each vocabulary entry (for display), or None without a tokenizer.
+    """
+
+    model_name: str
+    heads: Mapping[Kind, tuple[int, ...]]
+    vocabulary: int | None = None
+    tokens: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A batch of sequences as the model reads it.
+
+    Attributes:
+        index: [B] numbers of the sequences in the data set.
+        input_ids: [B, N] token ids, padded on the right.
+        attention_mask: [B, N] boolean, False for padding.
+        decoder_input_ids, decoder_attention_mask: [B, M] likewise, for an encoder-decoder; else None.
+    """
+
+    index: tuple[int, ...]
+    input_ids: Tensor
+    attention_mask: Tensor
+    decoder_input_ids: Tensor | None = None
+    decoder_attention_mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Needs:
+    """What an analysis wants of one attention call.
+
+    Attributes:
+        emit: statistics of the attention.
+        qkv: whether `Call.q`, `Call.k`, `Call.v` and `Call.z` are wanted.
+        loss: whether `end_batch` must receive the next-token loss.
+    """
+
+    emit: Emit = field(default_factory=Emit)
+    qkv: bool = False
+    loss: bool = False
+
+
+class Analysis(ABC):
+    """A study that streams over attention calls.
+
+    A fresh instance is made for every chunk of data; `state_dict` of each chunk is written to disk, and the states are
+    merged in chunk order, so the same data gives the same bytes however it was computed. Keep float64 sums.
+
+    What the constructor takes after `layout` are the analysis' options, each with a default: plain JSON values, which
+    `run.json` records and `attnlab.analyze(model, data, analyses={"name": {"option": value}})` sets.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for `attnlab analyses` and `--help`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    @classmethod
+    def refusal(cls, layout: Layout) -> str | None:
+        """Why this analysis does not fit a model, or None when it does."""
+        return None
+
+    @abstractmethod
+    def needs(self, site: Site, batch: Batch) -> Needs | None:
+        """What to compute at `site`, or None for nothing."""
+
+    @abstractmethod
+    def update(self, call: Call, batch: Batch) -> None:
+        """Take in one call; `call.emitted` holds exactly what `needs` asked for, probes as this analysis gave them."""
+
+    def end_batch(self, batch: Batch, loss: Tensor | None) -> None:  # noqa: B027
+        """Called after the forward; `loss` [B, N-1] in nats where it was asked for, 0 at padding."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Add the state of the data that follows."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state as tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the state that `state_dict` gave."""
+
+    @abstractmethod
+    def result(self) -> Result:
+        """The result of all data merged so far."""
+
+    @classmethod
+    @abstractmethod
+    def figures(cls, result: Result) -> dict[str, go.Figure]:
+        """The plots of a result by name, the most telling one first; never shown, only returned."""
