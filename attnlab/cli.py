@@ -85,7 +85,7 @@ def analyze(
         str | None, typer.Option(help="For example cpu or cuda:0.", show_default="cuda where there is one")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the checkpoint's")
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's")
     ] = None,
     backend: Annotated[str, typer.Option(help="How attention is computed: auto, triton, tiled or dense.")] = "auto",
     seed: Annotated[int, typer.Option(help="For analyses that draw random numbers.")] = 0,
@@ -108,11 +108,12 @@ def analyze(
     (opens offline), tables/heads.parquet (one row for each head and metric), tables/ and arrays/ of each analysis,
     and run.json.
     """
-    from attnlab.runs.job import prepare
-
-    _quiet_libraries()
     folder = None
     try:
+        # Loading the libraries takes seconds, in which a user may think again.
+        from attnlab.runs.job import prepare
+
+        _quiet_libraries()
         job = prepare(
             model if model is not None else _default_model(),
             data,

@@ -256,7 +256,7 @@ class _Kind:
             )
         few = [name for (i, j), name in named.items() if keys.count[i, j] and keys.mean[i, j] < 2]
         if few:
-            listed = ", ".join(few[:6]) + (", ..." if len(few) > 6 else "")
+            listed = ", ".join(few[:6]) + (f" and {len(few) - 6} more" if len(few) > 6 else "")
             found.append(f"{len(few)} of {len(named)} heads{where} use fewer than 2 keys a row on average: {listed}.")
         if "distance" in self.sequences:
             distance = self.sequences["distance"]

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from attnlab.plots import blank
 from attnlab.plots.matrix import matrix_trace
+from attnlab.plots.profile import HEIGHT
 from attnlab.results import NamedArray
 
 
@@ -38,5 +39,5 @@ def distribution(histogram: NamedArray, title: str) -> go.Figure:
         tickvals=[layer * heads for layer in range(0, layers, step)],
         ticktext=[f"L{layer}H0" for layer in range(0, layers, step)],
     )  # fmt: skip
-    figure.update_layout(height=int(np.clip(9 * layers * heads + 150, 300, 760)))
+    figure.update_layout(height=int(np.clip(9 * layers * heads + 150, HEIGHT, 760)))
     return figure

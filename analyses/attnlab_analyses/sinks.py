@@ -26,11 +26,12 @@ from attnlab_kernels import Emit
 from torch import Tensor
 
 from attnlab.capture.call import Call, Kind, Site
+from attnlab.errors import AttnlabError
 from attnlab.results import NamedArray, Result, heads_frame
 from attnlab.runs.analysis import Analysis, Batch, Layout, Needs
 from attnlab_analyses.moments import HeadMoments
 from attnlab_analyses.received import Received, TokenSums, received
-from attnlab_analyses.rows import counting_rows, mean_over_rows, sums_by_position
+from attnlab_analyses.rows import counting_rows, float64, mean_over_rows, sums_by_position
 from attnlab_analyses.sentences import counted, heads_named, kind_named, kinds_in_order
 from attnlab_analyses.sinks_figures import sink_figures
 
@@ -54,6 +55,8 @@ class Sinks(Analysis):
 
     def __init__(self, layout: Layout, threshold: float = THRESHOLD) -> None:
         super().__init__(layout)
+        if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise AttnlabError(f"The threshold of the sinks is a share of attention, 0 to 1; got {threshold!r}.")
         self.threshold = threshold
         self._kinds = {kind: _Kind(kind, heads, threshold) for kind, heads in kinds_in_order(layout.heads)}
 
@@ -121,7 +124,8 @@ class _Kind:
         site, layer, emitted = call.site, call.layer, call.emitted
         assert emitted.key_sum is not None
         assert emitted.visible is not None
-        rows = counting_rows(site, emitted.visible.expand(*emitted.key_sum.shape[:2], -1))
+        visible = emitted.visible.expand(*emitted.key_sum.shape[:2], -1)
+        rows = counting_rows(site, visible)
         keys = received(site, emitted, rows)
         first = first_alpha(keys, rows)
         self.metrics["sink_mass"].add(layer, first)
@@ -137,8 +141,8 @@ class _Kind:
         if ids is not None and ids.shape[-1] == site.n_keys:
             self.tokens.add(layer, ids, keys, self.threshold, _shortest(self.threshold))
         if layer == 0:
-            lengths = rows.any(1).sum(-1)
-            self.short += ((lengths > 0) & (lengths < _shortest(self.threshold))).sum().cpu()
+            uniform = mean_over_rows(1.0 / float64(visible).clamp(min=1), rows)
+            self.short += (uniform > self.threshold).any(1).sum().cpu()
 
     def merge(self, other: _Kind) -> None:
         for name, moments in self.metrics.items():
@@ -239,8 +243,8 @@ class _Kind:
             found.append(f"The learned sink{where} takes most of {name}: {mean:.2f} of its attention.")
         if int(self.short):
             found.append(
-                f"{counted(int(self.short), 'sequence')} of {n:,}{where} have so few tokens that uniform attention "
-                "alone passes the threshold: read the sink rate with care."
+                f"{counted(int(self.short), 'sequence')} of {n:,}{where} {'has' if self.short == 1 else 'have'} so few "
+                "tokens that uniform attention alone passes the threshold: read the sink rate with care."
             )
         return found
 

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from attnlab.plots import blank, head_map, profile, top_bars
 from attnlab.plots.matrix import matrix_trace
-from attnlab.plots.profile import layer_means
+from attnlab.plots.profile import HEIGHT, layer_means
 from attnlab.results import NamedArray, Result
 from attnlab.view.tokens import readable
 from attnlab_analyses.sentences import kind_named
@@ -63,13 +63,13 @@ def alpha_by_position(alpha: NamedArray, readers: NamedArray, kind: str) -> go.F
             hovertemplate="layer %{y}, position %{customdata}<br>α = %{z:.4g}<extra></extra>", xgap=0.5, ygap=1
         )
     figure.add_trace(trace)
-    step = max(1, -(-len(names) // 8))
-    ticks = list(range(0, len(names), step))
+    step = next((s for s in (1, 2, 5, 10) if 8 * s >= len(names)), 20)
+    ticks = list(dict.fromkeys([0, *range(step - 1, len(names), step)]))
     figure.update_xaxes(
         title="key position", showgrid=False, tickvals=ticks, ticktext=[names[t] for t in ticks], tickangle=0
     )
     figure.update_yaxes(title="layer", showgrid=False, autorange="reversed", tick0=0, dtick=-(-values.shape[0] // 16))
-    figure.update_layout(height=int(np.clip(22 * values.shape[0] + 170, 260, 800)))
+    figure.update_layout(height=int(np.clip(22 * values.shape[0] + 170, HEIGHT, 800)))
     return figure
 
 
@@ -96,7 +96,9 @@ def _top_tokens(table: pd.DataFrame, kind: str) -> go.Figure:
     rows = table.nlargest(_TOP, "alpha")
     # Tokens are anybody's text, and Plotly reads labels as HTML.
     labels = [
-        html.escape(readable(str(token)), quote=False) + (" (first)" if first else "") + f" · {token_id}"
+        html.escape(readable(str(token)), quote=False)
+        + (" (first)" if first else "")
+        + (f" · {token_id}" if str(token) != str(token_id) else "")
         for token, first, token_id in zip(rows["token"], rows["first"], rows["token_id"], strict=True)
     ]
     return top_bars(

@@ -7,6 +7,8 @@ import plotly.graph_objects as go
 
 from attnlab.plots.template import MENU_MARGIN, blank, choices
 
+HEIGHT = 460
+"""In pixels; what stands beside a profile is no lower."""
 MOST_HEADS = 400
 """Models with more heads than this get lines for layers only: each line of a head weighs on the page."""
 _LAYERS = ["#5b6bd6", "#1b9aaa", "#58a63c", "#dd9a00"]
@@ -40,7 +42,7 @@ def profile(
     seen = np.isfinite(values).any(axis=(0, 1))
     bins = np.flatnonzero(seen)
     x, names = _places(edges, bins, first)
-    figure = blank(title, subtitle)
+    figure = blank(title, subtitle, height=HEIGHT)
     from plotly.colors import sample_colorscale
 
     tints = sample_colorscale(_LAYERS, np.linspace(0.0, 1.0, max(layers, 2)).tolist())
@@ -68,7 +70,7 @@ def profile(
         shown = [-1, *range(layers)]
         arguments: list[list[dict[str, object]]] = [[{"visible": [owner == s for owner in owners]}] for s in shown]
         names_of_choices = ["Mean of each layer", *(f"Heads of layer {layer}" for layer in range(layers))]
-        figure.update_layout(updatemenus=[choices(names_of_choices, arguments)], margin={"t": MENU_MARGIN}, height=460)
+        figure.update_layout(updatemenus=[choices(names_of_choices, arguments)], margin={"t": MENU_MARGIN})
     figure.update_xaxes(
         title="position in the sequence (log scale)",
         type="log",

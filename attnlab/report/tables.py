@@ -8,6 +8,8 @@ import numbers
 
 import pandas as pd
 
+from attnlab.view.tokens import readable
+
 MOST_ROWS = 100
 
 
@@ -46,7 +48,7 @@ def _cell(value: object, is_number: bool) -> str:
     if is_number and isinstance(value, numbers.Real):
         exact = float(value)
         return f'<td class="number" data-v="{exact!r}">{html.escape(number_text(value))}</td>'
-    text = ("yes" if value else "no") if isinstance(value, bool) else str(value)
+    text = ("yes" if value else "no") if isinstance(value, bool) else readable(str(value))
     return f"<td>{html.escape(text)}</td>"
 
 

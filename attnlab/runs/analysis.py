@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 import plotly.graph_objects as go
 from attnlab_kernels import Emit
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnlab.capture.call import Call, Kind, Site
@@ -44,10 +45,10 @@ class Batch:
     """
 
     index: tuple[int, ...]
-    input_ids: Tensor
-    attention_mask: Tensor
-    decoder_input_ids: Tensor | None = None
-    decoder_attention_mask: Tensor | None = None
+    input_ids: Int[Tensor, "B N"]
+    attention_mask: Bool[Tensor, "B N"]
+    decoder_input_ids: Int[Tensor, "B M"] | None = None
+    decoder_attention_mask: Bool[Tensor, "B M"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ class Analysis(ABC):
     def update(self, call: Call, batch: Batch) -> None:
         """Take in one call; `call.emitted` holds exactly what `needs` asked for, probes as this analysis gave them."""
 
-    def end_batch(self, batch: Batch, loss: Tensor | None) -> None:  # noqa: B027
+    def end_batch(self, batch: Batch, loss: Float[Tensor, "B positions"] | None) -> None:  # noqa: B027
         """Called after the forward; `loss` [B, N-1] in nats where it was asked for, 0 at padding."""
 
     @abstractmethod

@@ -202,9 +202,12 @@ def _checked_text(text: object, place: str) -> str:
 
 
 def _checked_ids(ids: list[object], place: str) -> list[int]:
-    if any(isinstance(i, int) and not -(2**63) <= i < 2**63 for i in ids):
+    checked = [i for i in ids if type(i) is int]
+    if len(checked) < len(ids):
+        raise DataError(f"{place}: a text or token ids were expected; got a list of other things.")
+    if any(not -(2**63) <= i < 2**63 for i in checked):
         raise DataError(f"{place} holds a number that no token id can be.")
-    return ids  # type: ignore[return-value]
+    return checked
 
 
 def _encode(tokenizer: Any, texts: list[str], source: str, model_name: str) -> list[list[int]]:
@@ -217,7 +220,14 @@ def _encode(tokenizer: Any, texts: list[str], source: str, model_name: str) -> l
 
 
 def _truncated(text: str, tokenizer: Any, longest: int) -> list[int]:
-    return list(tokenizer(text, truncation=True, max_length=longest, verbose=False)["input_ids"])
+    ids = list(tokenizer(text, truncation=True, max_length=longest, verbose=False)["input_ids"])
+    if len(ids) > longest:  # a length below that of its special tokens alone is not kept by a tokenizer
+        raise _no_room(longest)
+    return ids
+
+
+def _no_room(longest: int) -> DataError:
+    return DataError(f"A length of {longest} tokens has no room for text beside the tokenizer's special tokens.")
 
 
 def _split(rows: Rows, tokenizer: Any, longest: int, model_name: str) -> list[np.ndarray]:
@@ -228,7 +238,7 @@ def _split(rows: Rows, tokenizer: Any, longest: int, model_name: str) -> list[np
     before, after = _special_tokens(tokenizer, text[:64])
     room = longest - len(before) - len(after)
     if room < 1:
-        raise DataError(f"A length of {longest} tokens has no room for text beside the tokenizer's special tokens.")
+        raise _no_room(longest)
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     return [
         np.asarray([*before, *ids[start : start + room], *after], dtype=np.int64) for start in range(0, len(ids), room)

@@ -45,8 +45,14 @@ def read_rows(path: Path, *, column: str | None, reads_text: bool, limit: int | 
     Raises:
         DataError: the file is missing, empty, or not what its name says.
     """
-    if not path.exists():
-        raise DataError(f"There is no file {path}. (A text itself is given to the library in a list: ['the text'].)")
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # a whole text is too long for a name, or holds a null character
+        there = False
+    if not there:
+        raise DataError(
+            f"There is no file {_short(str(path))}. (A text itself is given to the library in a list: ['the text'].)"
+        )
     if path.is_dir():
         return _read_dataset(path, column, reads_text, limit)
     if path.stat().st_size == 0:
@@ -105,8 +111,8 @@ def rows_of_records(
                 f"{_shown(record[chosen])}."
             )
     targets: list[object] | None = None
-    if all(TARGET in record for record in objects):
-        targets = [record[TARGET] for record in objects]
+    if any(TARGET in record for record in objects):
+        targets = [record.get(TARGET) for record in objects]
     return Rows(source, [record[chosen] for record in objects], targets)
 
 
@@ -149,8 +155,8 @@ def _read_json(path: Path, text: str, column: str | None, reads_text: bool, limi
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _read_json_lines(path, text, column, reads_text, limit)
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: a list of strings was expected; this is nested too deeply.") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: a list of strings was expected; {_beyond_python(error)}.") from error
     if not isinstance(records, list):
         raise DataError(
             f"{path}, line 1: a list of strings (or of token ids, or of objects) was expected; got {_shown(records)}."
@@ -188,8 +194,8 @@ def _read_json_lines(path: Path, text: str, column: str | None, reads_text: bool
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-        except RecursionError as error:
-            raise DataError(f"{path}, line {number}: nested too deeply.") from error
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{path}, line {number}: {_beyond_python(error)}.") from error
         lines.append(number)
     return rows_of_records(str(path), records, column=column, reads_text=reads_text, lines=lines)
 
@@ -249,13 +255,20 @@ def _rows_of_columns(source: str, column: str, values: list[object], targets: li
     return Rows(source, values, targets)
 
 
+def _beyond_python(error: RecursionError | ValueError) -> str:
+    return "this is nested too deeply" if isinstance(error, RecursionError) else "a number has thousands of digits"
+
+
 def _are_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+    return f"{type(value).__name__} {_short(repr(value), 40)}"
+
+
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _listed(names: Iterable[str]) -> str:

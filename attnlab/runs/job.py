@@ -26,12 +26,11 @@ from attnlab.runs.registry import AnalysesAsked, Study, choose_studies
 from attnlab.runs.run import Run
 from attnlab.runs.runner import Runner
 from attnlab.runs.shipped import shipped_texts
-from attnlab.runs.store import RunFolder, write_atomically
+from attnlab.runs.store import RUN_FORMAT, RunFolder, write_atomically
 
 if TYPE_CHECKING:
     from attnlab.models import Model
 
-RUN_FORMAT = 1
 _TEXTS_IN_REPORT = 8
 
 
@@ -112,6 +111,10 @@ def prepare(
     seed: int,
 ) -> Job:
     """Loads and checks everything that a run needs; see `analyze` for the arguments."""
+    numbers = {"batch size": batch_size, "maximum length": max_length, "limit": limit}
+    for what, number in {**numbers, "seed": seed}.items():
+        if not (isinstance(number, int) or (number is None and what in numbers)):
+            raise AttnlabError(f"The {what} is {number!r}; a whole number was expected.")
     if batch_size is not None and batch_size < 1:
         raise AttnlabError(f"The batch size is {batch_size}; give at least 1.")
     if backend not in ("auto", "triton", "tiled", "dense"):
@@ -144,7 +147,7 @@ class Job:
         """The resolved configuration; what was not asked for is taken from a `recorded` one."""
         plan = make_plan(self.sequences.lengths, self.batch_size, self.model.device.type)
         if recorded is not None and self.batch_size is None:
-            plan = Plan(**recorded["batching"])
+            plan = _recorded_plan(recorded)
         return resolve_config(self.model, self.sequences, self.studies, plan, backend=self.backend, seed=self.seed)
 
     def run(self, out: Path | None, *, resume: bool = True, progress: bool | None = None) -> Run:
@@ -155,7 +158,7 @@ class Job:
         with folder.locked():
             if not resume:
                 folder.clear()
-            description = folder.read_description() if resume else None
+            description = folder.read_own_description() if resume else None
             config, threads = self._checked_config(folder, description)
             if description is None:
                 folder.write_description({"attnlab_run": RUN_FORMAT, "config": config, "context": self._context()})
@@ -170,7 +173,7 @@ class Job:
         try:
             config = self.config(recorded)
             differ = differences(recorded, config)
-            threads = int(description["context"]["threads"])
+            threads = _positive(description["context"]["threads"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunFolderError(
                 f"{folder.path / 'run.json'} does not have the shape that this version writes; give another folder, or "
@@ -255,7 +258,7 @@ class Job:
             write_atomically(folder.path / name, content)
         description = folder.read_description()
         assert description is not None
-        if performance["tokens_computed"] or "performance" not in description:
+        if performance["tokens_computed"] or not isinstance(description.get("performance"), dict):
             description["performance"] = dict(performance)
         about: dict[str, Any] = dict(description)
         run = Run(results, config, about["context"], about["performance"], folder.path)
@@ -268,6 +271,19 @@ class Job:
         )
         folder.write_description(description)
         return run
+
+
+def _recorded_plan(recorded: Mapping[str, Any]) -> Plan:
+    plan = Plan(**recorded["batching"])
+    for number in (plan.chunk_size, *(n for n in plan if n is not None)):
+        _positive(number)
+    return plan
+
+
+def _positive(number: object) -> int:
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"a positive whole number was expected; got {number!r}")
+    return number
 
 
 @contextmanager

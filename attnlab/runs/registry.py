@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -63,7 +63,12 @@ def load_analysis(name: str) -> type[Analysis]:
         raise AttnlabError(
             f"The analysis {name!r} ({point.value}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    return _checked(analysis, point.value)
+    checked = _checked(analysis, point.value)
+    if checked.name != name:
+        raise AttnlabError(
+            f"{point.value} is registered as {name!r} and calls itself {checked.name!r}: the two differ."
+        )
+    return checked
 
 
 def choose_studies(asked: AnalysesAsked | None, layout: Layout) -> tuple[list[Study], list[str]]:
@@ -80,18 +85,20 @@ def choose_studies(asked: AnalysesAsked | None, layout: Layout) -> tuple[list[St
         return _all_that_fit(layout)
     if isinstance(asked, str):
         asked = [asked]
+    if not isinstance(asked, Iterable):
+        raise AttnlabError(f"A list of analyses, or a mapping of names to options, was expected; got {asked!r}.")
     options = asked if isinstance(asked, Mapping) else {}
     studies: dict[str, Study] = {}
     for item in asked:
         analysis = load_analysis(item) if isinstance(item, str) else _checked(item, repr(item))
-        refusal = analysis.refusal(layout)
+        given = options.get(item, {}) if isinstance(item, str) else {}
+        study, refusal = _fitted(analysis, given, layout)
         if refusal is not None:
             raise AttnlabError(f"The analysis {analysis.name!r} does not fit {layout.model_name}: {refusal}")
         known = studies.get(analysis.name)
         if known is not None and known.analysis is not analysis:
             raise AttnlabError(f"Two different analyses are called {analysis.name!r}; give one of them another name.")
-        given = options.get(item, {}) if isinstance(item, str) else {}
-        studies[analysis.name] = Study(analysis, _all_options(analysis, given))
+        studies[analysis.name] = study
     if not studies:
         raise AttnlabError("No analysis was asked for; name at least one, or leave the list out for all that fit.")
     return list(studies.values()), []
@@ -101,18 +108,35 @@ def _all_that_fit(layout: Layout) -> tuple[list[Study], list[str]]:
     studies, notes = [], []
     for name in analysis_names():
         try:
-            analysis = load_analysis(name)
+            study, refusal = _fitted(load_analysis(name), {}, layout)
         except AttnlabError as error:
-            notes.append(f"{error} It is left out.")
+            notes.append(f"{str(error).rstrip('.')}. It is left out.")
             continue
-        refusal = analysis.refusal(layout)
         if refusal is None:
-            studies.append(Study(analysis, _all_options(analysis, {})))
+            studies.append(study)
         else:
             notes.append(f"The analysis {name!r} is left out: {refusal}")
     if not studies:
         raise AttnlabError(f"No installed analysis fits {layout.model_name}. " + " ".join(notes))
     return studies, notes
+
+
+def _fitted(analysis: type[Analysis], given: object, layout: Layout) -> tuple[Study, str | None]:
+    """The study, made once to see that it can be, and why it does not fit the model."""
+    if not isinstance(given, Mapping):
+        raise AttnlabError(f"The options of {analysis.name!r} should be a mapping of names to values; got {given!r}.")
+    study = Study(analysis, _all_options(analysis, given))
+    try:
+        refusal = analysis.refusal(layout)
+        if refusal is None:
+            study.make(layout)
+    except AttnlabError:
+        raise
+    except Exception as error:  # whatever another's code raises
+        raise AttnlabError(
+            f"The analysis {analysis.name!r} cannot be set up: {type(error).__name__}: {error}"
+        ) from error
+    return study, refusal
 
 
 def _entry_points() -> dict[str, EntryPoint]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,12 @@ class Run:
             raise AttnlabError(f"This run has no analysis {analysis!r}; it has {', '.join(self.results)}.")
         return self.results[analysis]
 
+    def __contains__(self, analysis: object) -> bool:
+        return analysis in self.results
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.results)
+
     def __repr__(self) -> str:
         data = self.config["data"]
         where = f", {str(self.path)!r}" if self.path else ""
@@ -89,13 +95,13 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     if not path.is_dir():
         raise RunFolderError(f"There is no folder {path}.")
-    description = RunFolder(path).read_description()
+    description = RunFolder(path).read_own_description()
     if description is None:
         raise RunFolderError(f"{path} holds no run.")
-    config = _mapping(description["config"])
     if "performance" not in description:
         raise RunFolderError(f"The run in {path} was not finished; run the same again to go on.")
-    names: Sequence[str] = [study["name"] for study in config["analyses"]]
+    config = _mapping(description["config"])
+    names = [str(_mapping(study).get("name")) for study in _list(config.get("analyses"))]
     return Run(
         results={name: Result.load(path, name) for name in names},
         config=config,
@@ -107,5 +113,11 @@ def load_run(path: str | Path) -> Run:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     if not isinstance(value, dict):
+        raise RunFolderError("run.json does not have the shape that attnlab writes.")
+    return value
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
         raise RunFolderError("run.json does not have the shape that attnlab writes.")
     return value

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from attnlab.errors import RunFolderError
 
+RUN_FORMAT = 1
+"""Of `run.json` and of the chunks: another number is another layout of the folder."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _OWN_FILES = (
@@ -48,9 +50,11 @@ def one_sentence_for_disk_errors(folder: Path) -> Iterator[None]:
                 f"No space is left on the disk of {folder}; what is already computed stays there: "
                 "make space and run the same again to go on."
             ) from error
+        # Of a rename that fails the second name is the one that the user knows.
+        place = error.filename2 or error.filename or folder
         if error.errno in _DENIED:
-            raise RunFolderError(f"{error.filename or folder} cannot be written: {error.strerror}.") from error
-        raise RunFolderError(f"{error.filename or folder}: {error.strerror or error}.") from error
+            raise RunFolderError(f"{place} cannot be written: {error.strerror}.") from error
+        raise RunFolderError(f"{place}: {error.strerror or error}.") from error
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], None]) -> None:
@@ -103,10 +107,10 @@ class RunFolder:
         Raises:
             RunFolderError: another process works in the folder, it is not a run's, or it cannot be made.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RunFolderError(f"{self.path} is a file; give a folder for the run.")
-        self.read_description()  # refuses another's folder before a lock is left in it
         with one_sentence_for_disk_errors(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise RunFolderError(f"{self.path} is a file; give a folder for the run.")
+            self.read_description()  # refuses another's folder before a lock is left in it
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / _LOCK)
             try:
@@ -135,10 +139,24 @@ class RunFolder:
             return None
         try:
             description = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{path} cannot be read ({error}); give another folder.") from error
         if not isinstance(description, dict) or not {"attnlab_run", "config"} <= description.keys():
             raise RunFolderError(f"{path} was not written by attnlab; give another folder.")
+        return description
+
+    def read_own_description(self) -> dict[str, object] | None:
+        """Like `read_description`, of a run that this version can go on with or load.
+
+        Raises:
+            RunFolderError: also where the run is of another format.
+        """
+        description = self.read_description()
+        if description is not None and description["attnlab_run"] != RUN_FORMAT:
+            raise RunFolderError(
+                f"The run in {self.path} is of format {description['attnlab_run']}; this version of attnlab reads "
+                f"{RUN_FORMAT}. Give another folder, or start again in it with --fresh (resume=False)."
+            )
         return description
 
     def write_description(self, description: Mapping[str, object]) -> None:

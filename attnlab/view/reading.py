@@ -141,10 +141,12 @@ def _note(length: int, decoder_length: int, most: int, short_of_room: bool) -> s
     return f"Shown: {' and '.join(parts)}{why}."
 
 
-def _plain(text: Text) -> str | list[int]:
+def _plain(text: object) -> object:
     if isinstance(text, str):
         return text
-    ids = text.tolist() if isinstance(text, torch.Tensor) else list(text)
-    if len(ids) == 1 and isinstance(ids[0], list):
-        ids = ids[0]
-    return [int(i) for i in ids] if all(not isinstance(i, list) for i in ids) else ids
+    if isinstance(text, torch.Tensor | np.ndarray):
+        text = text.tolist()
+    if not isinstance(text, Sequence):
+        raise AttnlabError(f"A text or a list of token ids was expected; got {text!r}.")
+    ids = [int(i) if isinstance(i, np.integer) else i for i in text]
+    return ids[0] if len(ids) == 1 and isinstance(ids[0], list) else ids

@@ -231,17 +231,24 @@ function attnlabView(id) {
     state.token = chosenSide().length - 1;
     draw();
   }
-  // The first head shown is the one with the largest weight off the diagonal and past the first token: worth a look.
-  function firstHead() {
+  // Shown first: a token of the later half that attends far back, past the first token, and the head that does it.
+  // Weights beside the diagonal score nothing, sharp ones far away most.
+  function firstLook() {
     const k = kinds[0];
-    let bestScore = -1;
+    let most = 0;
     for (let layer = 0; layer < k.layers; layer++)
-      for (let head = 0; head < k.heads[layer]; head++) {
-        let score = 0;
-        for (let key = 1; key < k.K; key++) if (!k.same || key !== k.Q - 1) score = Math.max(score, one(k, layer, head, k.Q - 1, key));
-        if (score > bestScore) { bestScore = score; state.layer = layer; state.head = head; }
-      }
+      for (let head = 0; head < k.heads[layer]; head++)
+        for (let q = k.Q >> 1; q < k.Q; q++)
+          for (let key = 1; key < k.K; key++) {
+            const reach = k.same ? Math.log(Math.abs(q - key) || 1) : 1;
+            const score = one(k, layer, head, q, key) ** 2 * reach;
+            if (score > most) {
+              most = score;
+              Object.assign(state, { layer, head, token: q });
+            }
+          }
   }
-  firstHead();
   build();
+  firstLook();
+  draw();
 }

@@ -190,3 +190,10 @@ def test_tables_sort_and_metrics_change_by_a_click(report, browse, tmp_path):
     seen = title_of(dom)
     assert seen["values"] == sorted(seen["values"], reverse=True)
     assert seen["title"] == "Effective keys"
+
+
+def test_white_space_of_tokens_can_be_seen_in_a_table():
+    page = table_html(pd.DataFrame({"token": [" the", "\n  ", "plain"]}))
+    assert "<td>·the</td>" in page
+    assert "<td>⏎··</td>" in page
+    assert "<td>plain</td>" in page

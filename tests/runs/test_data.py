@@ -89,6 +89,17 @@ def test_a_long_sequence_is_cut_by_the_tokenizer_and_said(model: attnlab.Model) 
     assert sequences.notes == ("1 of 2 sequences are longer than the 32 tokens that tiny-llama allows, and are cut.",)
 
 
+def test_a_length_below_the_special_tokens_is_refused(tiny_encoder_decoder: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model = attnlab.load_model(tiny_encoder_decoder)
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    with pytest.raises(DataError, match="length of 1 tokens has no room"):
+        read_sequences(["the cat sat"], model, max_length=1)
+
+
 def test_texts_without_a_token_are_left_out_and_said(model: attnlab.Model) -> None:
     sequences = read_sequences(["", "a dog", "  \n"], model)
     assert len(sequences) == 1
@@ -130,6 +141,15 @@ def test_without_a_target_the_decoder_reads_the_text_shifted_and_that_is_said(ti
     assert "target" in sequences.notes[0]
 
 
+@pytest.mark.parametrize("target", [{}, {"target": None}, {"target": ["a", "dog"]}, {"target": [1.5]}, {"target": 3}])
+def test_a_target_that_is_missing_or_no_text_is_one_sentence(
+    target: dict[str, object], tiny_encoder_decoder: Path
+) -> None:
+    rows = [{"text": "the cat", "target": "a dog"}, {"text": "then", **target}]
+    with pytest.raises(DataError, match="targets, sequence 2: a text or token ids were expected"):
+        read_sequences(rows, attnlab.load_model(tiny_encoder_decoder))
+
+
 WRONG = {
     "empty.json": (b"", "is empty"),
     "blank.txt": (b" \n ", "holds no sequence"),
@@ -149,6 +169,8 @@ WRONG = {
     "missing.jsonl": (b'{"text": "a"}\n\n{"txt": "b"}\n', "line 3: there is no 'text'; it has txt"),
     "kind.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "line 2: 'text' should be a string"),
     "columns.jsonl": (b'{"story": "a", "id": 3}\n', "it has story, id"),
+    "digits.json": (b"[[" + b"9" * 5000 + b"]]", "thousands of digits"),
+    "digits.jsonl": (b'["a"]\n[' + b"9" * 5000 + b"]", "line 2: a number has thousands of digits"),
     "deep.json": (b"[" * 100_000, "nested too deeply"),
     "not.parquet": (b"PAR1 no", "cannot be read as parquet"),
     "half.json": (b'["\\ud800"]', "half a surrogate"),
@@ -184,6 +206,13 @@ def test_bad_data_is_one_sentence_that_says_where(name: str, model: attnlab.Mode
 def test_bad_data_of_python_is_one_sentence(data: object, says: str, model: attnlab.Model) -> None:
     with pytest.raises(DataError, match=says):
         read_sequences(data, model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["Once upon a time. " * 400, "null \0 character"])
+def test_a_text_in_the_place_of_a_path_is_one_short_sentence(text: str, model: attnlab.Model) -> None:
+    with pytest.raises(DataError, match="There is no file") as caught:
+        read_sequences(text, model)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_column_that_does_not_exist_offers_those_that_do(model: attnlab.Model, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs: one forward for all analyses, the same bytes however a run was computed, one sentence for what goes wrong."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -103,6 +104,12 @@ class ForOthers(FirstKey):
     @classmethod
     def refusal(cls, layout: Layout) -> str | None:
         return "it needs images."
+
+
+class Unfinished(Analysis):
+    """Lacks every method."""
+
+    name: ClassVar[str] = "unfinished"
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +422,15 @@ def test_an_analysis_that_does_not_fit_is_refused_when_asked_for(model: attnlab.
         ({"analyses": []}, "No analysis"),
         ({"analyses": {"sinks": {"treshold": 1}}}, "Did you mean threshold"),
         ({"analyses": [int]}, "not an analysis"),
+        ({"analyses": 3}, "A list of analyses"),
+        ({"analyses": {"sinks": None}}, "options of 'sinks' should be a mapping"),
+        ({"analyses": {"sinks": {"threshold": "high"}}}, "threshold of the sinks"),
+        ({"analyses": {"sinks": {"threshold": 30}}}, "threshold of the sinks"),
+        ({"analyses": [Unfinished]}, "'unfinished' cannot be set up: TypeError"),
+        ({"batch_size": "all"}, "batch size is 'all'; a whole number"),
+        ({"limit": 1.5}, "limit is 1.5; a whole number"),
+        ({"max_length": "8"}, "maximum length is '8'; a whole number"),
+        ({"seed": None}, "seed is None; a whole number"),
         ({"batch_size": 0}, "batch size"),
         ({"limit": 0}, "limit"),
         ({"max_length": 0}, "maximum length"),
@@ -431,6 +447,57 @@ def test_a_run_without_this_analysis_says_which_it_has(straight: Path) -> None:
         attnlab.load_run(straight)["sinks"]
 
 
+def test_a_run_tells_its_analyses(straight: Path) -> None:
+    run = attnlab.load_run(straight)
+    assert list(run) == ["first_key", "entropy"]
+    assert "entropy" in run
+    assert "sinks" not in run
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"context": {"threads": 0}},
+        {"context": {"threads": "two"}},
+        {"config": {"batching": {"batch_size": None, "batch_tokens": 4096, "chunk_size": 0}}},
+        {"config": {"batching": {"batch_size": None, "batch_tokens": "4096", "chunk_size": 8}}},
+        {"config": {"analyses": None}},
+    ],
+)
+def test_a_damaged_description_is_one_sentence_and_a_fresh_start_mends_it(
+    damage: dict[str, dict[str, object]], model: attnlab.Model, tmp_path: Path
+) -> None:
+    attnlab.analyze(model, [[1, 2, 3]], analyses=["entropy"], out=tmp_path)
+    description = json.loads((tmp_path / "run.json").read_text())
+    for part, changes in damage.items():
+        description[part] |= changes
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    with pytest.raises(RunFolderError, match="--fresh"):
+        attnlab.analyze(model, [[1, 2, 3]], analyses=["entropy"], out=tmp_path)
+    attnlab.analyze(model, [[1, 2, 3]], analyses=["entropy"], out=tmp_path, resume=False)
+    assert "entropy" in attnlab.load_run(tmp_path)
+
+
+def test_a_run_of_another_format_is_neither_gone_on_with_nor_loaded(model: attnlab.Model, tmp_path: Path) -> None:
+    attnlab.analyze(model, [[1, 2, 3]], analyses=["entropy"], out=tmp_path)
+    description = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(description | {"attnlab_run": 99}))
+    with pytest.raises(RunFolderError, match="format 99"):
+        attnlab.load_run(tmp_path)
+    with pytest.raises(RunFolderError, match="format 99"):
+        attnlab.analyze(model, [[1, 2, 3]], analyses=["entropy"], out=tmp_path)
+    assert attnlab.analyze(model, [[1, 2, 3]], analyses=["entropy"], out=tmp_path, resume=False).path == tmp_path
+
+
+def test_a_run_without_a_list_of_analyses_is_not_loaded(model: attnlab.Model, tmp_path: Path) -> None:
+    attnlab.analyze(model, [[1, 2, 3]], analyses=["entropy"], out=tmp_path)
+    description = json.loads((tmp_path / "run.json").read_text())
+    del description["config"]["analyses"]
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    with pytest.raises(RunFolderError, match="shape that attnlab writes"):
+        attnlab.load_run(tmp_path)
+
+
 def test_bad_data_leaves_no_folder_behind(model: attnlab.Model, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         attnlab.analyze(model, [[99]], out=tmp_path / "run")
@@ -445,9 +512,11 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
         "[attnlab.analyses]\nbroken = others_absent:X\nnone = json:dumps\nown = others_own:Own\n"
+        "other_name = others_own:Own\nstops = others_own:Stops\n"
     )
     (tmp_path / "site" / "others_own.py").write_text(
         "from attnlab_analyses.entropy import Entropy\nclass Own(Entropy):\n    name = 'own'\n"
+        "class Stops(Own):\n    name = 'stops'\n    @classmethod\n    def refusal(cls, layout): return 1 / 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "site")
 
@@ -461,5 +530,7 @@ def test_another_packages_analyses_are_found_and_broken_ones_said(model: attnlab
     assert {"entropy", "own", "sinks"} == {study.name for study in studies}
     assert any("'broken' (others_absent:X) cannot be loaded" in note for note in notes)
     assert any("json:dumps is not an analysis" in note for note in notes)
+    assert any("registered as 'other_name' and calls itself 'own'" in note for note in notes)
+    assert any("'stops' cannot be set up: ZeroDivisionError" in note for note in notes)
     with pytest.raises(AttnlabError, match="cannot be loaded"):
         choose_studies(["broken"], model.layout)

@@ -146,3 +146,21 @@ def test_a_second_process_is_refused_and_the_lock_goes_with_its_process(tmp_path
         other.wait()
     with RunFolder(tmp_path).locked():
         pass
+
+
+def test_a_name_too_long_for_the_disk_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="File name too long"), RunFolder(tmp_path / ("x" * 300)).locked():
+        pass
+
+
+def test_a_description_nested_without_end_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        RunFolder(tmp_path).read_description()
+
+
+def test_a_file_that_cannot_take_its_place_is_named_and_not_its_temporary_one(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(RunFolderError, match=r"/report\.html: ") as caught:
+        write_atomically(tmp_path / "report.html", b"page")
+    assert ".tmp" not in str(caught.value)

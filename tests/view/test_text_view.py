@@ -22,7 +22,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&
 @pytest.fixture(scope="module")
 def gpt2():
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=3 - 1, attn_pdrop=0.0)
+    config = GPT2Config(vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=2, attn_pdrop=0.0)
     return GPT2LMHeadModel(config).eval()
 
 
@@ -121,6 +121,17 @@ def test_a_page_loads_nothing(gpt2):
     page = attnlab.view(gpt2, [1, 2, 3]).html()
     assert "default-src 'none'" in page
     assert not re.search(r"https?://", page)
+
+
+@pytest.mark.parametrize("text", [5, None, [1.5, 2.5], [[1], [2]]])
+def test_what_is_no_text_is_one_sentence(text, gpt2):
+    with pytest.raises(AttnlabError, match=r"expected"):
+        attnlab.view(gpt2, text)
+
+
+@pytest.mark.parametrize("text", [[1, 2], (1, 2), np.array([1, 2]), torch.tensor([[1, 2]]), [np.int64(1), np.int64(2)]])
+def test_ids_come_in_any_shape(text, gpt2):
+    assert attnlab.view(gpt2, text).patterns.shape[2:] == (2, 2)
 
 
 def test_white_space_and_invisible_characters_can_be_seen():
