@@ -1,0 +1,58 @@
+# `make demo` and `make test` set everything up on a machine that has Python 3.11, make and gcc.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CLEAN := build/clean
+
+.PHONY: help demo test lint bench notebooks install install-dev clean
+
+help:
+	@echo "make demo       set up, analyse the shipped model, say where the report is"
+	@echo "make test       set up and run the tests"
+	@echo "make lint       formatting, rules, layers, types, and the wheel in a clean environment"
+	@echo "make bench      time and memory on this CPU beside PyTorch's own attention"
+	@echo "make clean      remove the environment and everything built"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "attnlab needs Python 3.11 or later; say which with: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+demo: install
+	$(BIN)/attnlab analyze --out runs/demo
+
+test: install-dev
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+
+lint: install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	rm -rf dist $(CLEAN)
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(BIN)/python -m venv $(CLEAN)
+	$(CLEAN)/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd $(CLEAN) && bin/python $(CURDIR)/.ci/import_everything.py
+	cd $(CLEAN) && bin/attnlab analyze --limit 2 --out demo
+	$(CLEAN)/bin/python -m pip install --quiet --constraint constraints.txt mypy pandas-stubs types-tqdm
+	cd $(CLEAN) && bin/mypy --config-file $(CURDIR)/pyproject.toml -p attnlab_kernels -p attnlab -p attnlab_analyses
+
+bench: install
+	$(BIN)/python benchmarks/attention_cpu.py
+	$(BIN)/python benchmarks/forward_cpu.py
+	$(BIN)/python benchmarks/length_cpu.py
+
+clean:
+	rm -rf $(VENV) build dist
