@@ -27,8 +27,9 @@ _INERT = frozenset(
         "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "use_cache", "cache",
     }
 )  # fmt: skip
-# Additive masks hide with the most negative number of their type, or -inf; no learned bias comes near half of it.
-_HIDDEN = 0.5
+# Additive masks hide with the most negative number of their type, with -inf, or with -1e9 written out. Logits reach 1e5
+# and learned biases stay far below, so from here on an entry has no weight beside any other of its row.
+_HIDDEN = -1e8
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,12 +173,12 @@ def _with_whole_mask(found: Arguments, mask: Tensor) -> Arguments:
     if mask.dtype == torch.bool:
         visible = mask
     else:
-        hidden = mask <= torch.finfo(mask.dtype).min * _HIDDEN
+        hidden = mask <= max(torch.finfo(mask.dtype).min / 2, _HIDDEN)
         visible, rest = ~hidden, mask.masked_fill(hidden, 0)
-        dark = hidden.all(-1, keepdim=True)
-        if bool((dark & torch.isfinite(mask).all(-1, keepdim=True)).any()):
+        faint = hidden.all(-1, keepdim=True) & torch.isfinite(mask)
+        if bool(faint.any()):
             # Softmax over equally huge negative numbers is uniform, and that is what the model computes in such a row.
-            visible, rest = visible | dark, torch.where(dark, mask, rest)
+            visible, rest = visible | faint, torch.where(faint, mask, rest)
         if bool(rest.any()) or mask.requires_grad:
             bias = rest if bias is None else bias + rest
         lit = (~hidden).any(-1)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from attnlab_kernels import Emitted
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Kind = Literal["self", "cross", "encoder"]
@@ -49,8 +50,8 @@ class Site:
     batch: int
     n_queries: int
     n_keys: int
-    query_mask: Tensor | None
-    key_mask: Tensor | None
+    query_mask: Bool[Tensor, "B Nq"] | None
+    key_mask: Bool[Tensor, "B Nk"] | None
     causal: bool
     query_offset: int
     window: int | None
@@ -73,10 +74,10 @@ class Call:
     site: Site
     emitted: Emitted
     scale: float
-    q: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-    z: Tensor | None = None
+    q: Float[Tensor, "B Hq Nq D"] | None = None
+    k: Float[Tensor, "B Hkv Nk D"] | None = None
+    v: Float[Tensor, "B Hkv Nk Dv"] | None = None
+    z: Float[Tensor, "B Hq Nq Dv"] | None = None
 
     @property
     def layer(self) -> int:

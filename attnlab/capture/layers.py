@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -110,6 +110,9 @@ class Watcher:
             pass
 
     def _enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._frames and not self._running:
+            # A layer called by itself, or again by gradient checkpointing: no forward in which it ran before.
+            self._occurrences.clear()
         self._running.append(_Running(module, _bind(module, args, kwargs), self._occurrences[id(module)]))
         self._occurrences[id(module)] += 1
 
@@ -127,7 +130,7 @@ class Watcher:
             self.silent[self.paths.get(id(module), "")] = type(module).__name__
 
     def locate(self, module: nn.Module) -> tuple[Kind, int]:
-        """Kind and layer number of the attention call that `module` is making, which is counted."""
+        """Kind and layer number of the attention call that `module` is making, which is counted if it is new."""
         running = next((r for r in reversed(self._running) if r.module is module), None)
         first = running is None or not running.dispatched
         if running is None:
@@ -140,7 +143,7 @@ class Watcher:
         if key not in self.numbering:
             self.numbering[key] = sum(1 for known in self.numbering if known[0] == kind)
         layer = self.numbering[key]
-        if first:
+        if first and not recomputing():
             self.calls[kind, layer] += 1
         return kind, layer
 
@@ -159,33 +162,51 @@ class Watcher:
 
     def query_padding(self, kind: Kind, batch: int, n_queries: int) -> Tensor | None:
         """[B, Nq] booleans, False for queries that are padding; None when none are, or nothing is known."""
-        for frame in reversed(self._frames):
-            both = "decoder_attention_mask" in frame.arguments
-            mask = frame.mask("decoder_attention_mask" if both and kind != "encoder" else "attention_mask")
+        for frame in self._frames_of(kind):
+            mask = frame.mask(_mask_name(kind, frame))
             if mask is not None and mask.shape[0] == batch and mask.shape[1] >= n_queries:
                 return mask[:, -n_queries:]
         return None
 
     def key_padding(self, kind: Kind, batch: int, n_keys: int) -> Tensor | None:
         """[B, Nk] booleans, False for keys that are padding; None when none are, or nothing is known."""
-        names = ("encoder_attention_mask",) if kind == "cross" else ("attention_mask",)
-        for frame in reversed(self._frames):
-            for name in names:
-                mask = frame.mask(name)
-                if mask is not None and mask.shape == (batch, n_keys):
-                    return mask
+        for frame in self._frames_of(kind):
+            mask = frame.mask("encoder_attention_mask" if kind == "cross" else _mask_name(kind, frame))
+            if mask is not None and mask.shape == (batch, n_keys):
+                return mask
         return None
+
+    def _frames_of(self, kind: Kind) -> Iterator[_Frame]:
+        """The running models whose masks may speak of a call, the innermost first."""
+        tower = kind == "encoder" and self._text_config is not None
+        for frame in reversed(self._frames):
+            # The whole model's mask is of its text, not of what an image or audio tower reads.
+            if not (tower and getattr(frame.module, "config", None) is self.model.config):
+                yield frame
+
+
+def _mask_name(kind: Kind, frame: _Frame) -> str:
+    """What a model calls the mask of a kind's own sequence; an encoder-decoder takes two."""
+    both = "decoder_attention_mask" in frame.arguments and kind != "encoder"
+    return "decoder_attention_mask" if both else "attention_mask"
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running, in which gradient checkpointing repeats calls that were made before."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-    """The arguments of a forward by name."""
+    """The arguments of a forward by name, those left out with their defaults."""
     function = getattr(module.forward, "__func__", module.forward)
     receiver = () if function is module.forward else (module,)
     try:
         signature = _signature(function)
-        named = dict(signature.bind_partial(*receiver, *args, **kwargs).arguments)
+        bound = signature.bind_partial(*receiver, *args, **kwargs)
     except (TypeError, ValueError):
         return kwargs
+    bound.apply_defaults()
+    named = dict(bound.arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(name, {}))

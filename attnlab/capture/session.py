@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnlab.capture.arguments import Arguments, read_arguments
 from attnlab.capture.call import Call, Kind, Site
 from attnlab.capture.dispatch import close_session, open_session, original_implementation, own_attention
-from attnlab.capture.layers import LayerKey, Watcher
+from attnlab.capture.layers import LayerKey, Watcher, recomputing
 from attnlab.errors import AttnlabError, AttnlabWarning, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Session:
                 backend=self._backend,
             )  # fmt: skip
             out = z.transpose(1, 2).contiguous()
+        if recomputing():
+            return out
         kept = (arguments.q, arguments.k, arguments.v, out.transpose(1, 2)) if qkv else (None,) * 4
         call = Call(site, emitted, arguments.scale, *kept)
         if self._on_call is None:
@@ -164,6 +166,9 @@ def capture(
     backend: str = "auto",
 ) -> Iterator[Session]:
     """Read the attention of every call that the model makes inside the `with` block; its outputs stay the same.
+
+    Under gradient checkpointing the backward pass belongs inside the block too; the calls that it repeats are not
+    recorded again.
 
     Args:
         model: a `Model` or a transformers module.

@@ -161,8 +161,8 @@ def _model_class(config: Any, name: str, trust: bool) -> Any:
     from transformers.models.auto import modeling_auto as auto
 
     stated = (getattr(config, "architectures", None) or [None])[0]
-    if stated is not None and hasattr(transformers, stated):
-        return getattr(transformers, stated)
+    if isinstance(found := getattr(transformers, str(stated), None), type):
+        return found
     remote = getattr(config, "auto_map", None) or {}
     for auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
         if trust and auto_class in remote:
@@ -196,8 +196,9 @@ def _weights(
 ) -> Any:
     try:
         hf, info = kind.from_pretrained(
-            location, config=config, use_safetensors=True, dtype=number or "auto", output_loading_info=True, **options
-        )
+            location, config=config, use_safetensors=True, dtype=number or "auto", output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
     except Exception as error:
         line, local = first_line(error), os.path.isdir(location)
         if "SafetensorError" in type(error).__name__:
@@ -205,6 +206,12 @@ def _weights(
         if "safetensors" in str(error) and not local:
             raise AttnlabError(f"{name} has no safetensors, and pickled weights are not loaded: {line}") from error
         raise AttnlabError(f"The weights of {name} do not load into {kind.__name__}: {line}") from error
+    # transformers would refuse these by itself, with a message that names none.
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        raise AttnlabError(
+            f"The checkpoint {name} does not fit {kind.__name__}: {key} has shape {list(stored)}, and its config.json "
+            f"says {list(expected)}."
+        )
     # A pooler reads the finished hidden states, so no attention depends on it.
     missing = sorted(key for key in info["missing_keys"] if ".pooler." not in f".{key}")
     if missing:

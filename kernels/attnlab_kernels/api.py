@@ -10,8 +10,9 @@ from torch import Tensor
 from attnlab_kernels.dense import dense_attention
 from attnlab_kernels.emit import Emit, Emitted
 from attnlab_kernels.errors import UnsupportedError
-from attnlab_kernels.problem import RelativeBias
-from attnlab_kernels.request import resolve_request
+from attnlab_kernels.precision import without_autocast
+from attnlab_kernels.problem import Problem, RelativeBias
+from attnlab_kernels.request import Request, resolve_request
 from attnlab_kernels.resolve import resolve_problem
 from attnlab_kernels.tiled import tiled_attention
 
@@ -120,9 +121,14 @@ def attention(
     problem, request = resolve_request(Emit() if emit is None else emit, problem)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}.")
+    with without_autocast(q):
+        return _compute(problem, request, backend)
+
+
+def _compute(problem: Problem, request: Request, backend: str) -> Attention:
     if backend == "dense":
         return Attention(*dense_attention(problem, request))
-    if backend == "tiled" or (backend == "auto" and not q.is_cuda):
+    if backend == "tiled" or (backend == "auto" and not problem.q.is_cuda):
         return Attention(*tiled_attention(problem, request))
     if not _has_triton():
         if backend == "triton":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnlab_kernels.emit import Emit
 from attnlab_kernels.problem import Problem
+from attnlab_kernels.resolve import check_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,24 +48,33 @@ def resolve_request(emit: Emit, problem: Problem) -> tuple[Problem, Request]:
         ValueError: a shape, an index or a size that does not fit the problem.
     """
     b, n_q, n_k = problem.batch, problem.queries, problem.keys
+    chosen = {name: getattr(emit, name) for name in ("key_probes", "query_probes", "gather", "rows", "columns")}
+    for name, tensor in chosen.items():
+        check_device(name, tensor, problem.q)
     if emit.top_k is not None and emit.top_k < 1:
         raise ValueError(f"top_k is {emit.top_k}; expected at least 1.")
     request = Request(
         emit=emit,
-        query_probes=probe_columns("query_probes", emit.query_probes, problem, n_q),
+        query_probes=probe_columns("query_probes", emit.query_probes, problem, n_q, problem.query_mask),
         gather=_indices("gather", emit.gather, (b, n_q, None), n_k),
         rows=_indices("rows", emit.rows, (b, None), n_q),
         columns=_indices("columns", emit.columns, (b, None), n_k),
         pools=_pools(emit.pool),
         edges=_edges(emit.offsets, problem.q.device),
-        several_pools=isinstance(emit.pool, tuple),
+        several_pools=isinstance(emit.pool, Sequence),
         several_edges=_is_several(emit.offsets),
     )
-    return replace(problem, key_probes=probe_columns("key_probes", emit.key_probes, problem, n_k)), request
+    columns = probe_columns("key_probes", emit.key_probes, problem, n_k, problem.key_mask)
+    return replace(problem, key_probes=columns), request
 
 
-def probe_columns(name: str, probes: Tensor | None, problem: Problem, length: int) -> Tensor | None:
-    """[N, G], [B, N, G] or [B, H, N, G] probes as [b or 1, h or 1, N, G] in the problem's precision."""
+def probe_columns(
+    name: str, probes: Tensor | None, problem: Problem, length: int, exists: Tensor | None
+) -> Tensor | None:
+    """[N, G], [B, N, G] or [B, H, N, G] probes as [b or 1, h or 1, N, G] in the problem's precision.
+
+    They are 0 where `exists` [B, N] is False, whatever padding holds.
+    """
     if probes is None:
         return None
     shape = tuple(probes.shape)
@@ -78,16 +88,17 @@ def probe_columns(name: str, probes: Tensor | None, problem: Problem, length: in
             f"{name} has shape {list(shape)}; expected [{length}, G], [{problem.batch}, {length}, G] or "
             f"[{problem.batch}, {problem.heads}, {length}, G]."
         )
-    return full.to(problem.dtype)
+    full = full.to(problem.dtype)
+    return full if exists is None else full.masked_fill(~exists[:, None, :, None], 0)
 
 
-def _indices(name: str, index: Tensor | None, shape: tuple[int | None, ...], limit: int) -> Tensor | None:
+def _indices(name: str, index: Tensor | None, shape: tuple[int, *tuple[int | None, ...]], limit: int) -> Tensor | None:
     if index is None:
         return None
     given = list(index.shape)
     if index.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} has dtype {index.dtype}; expected int64 indices, -1 for none.")
-    full = index[None].expand(shape[0] or 1, -1) if index.dim() == 1 and len(shape) == 2 else index
+    full = index.expand(shape[0], -1) if index.dim() == 1 and len(shape) == 2 else index
     if full.dim() != len(shape) or any(want not in (None, got) for got, want in zip(full.shape, shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {given}; expected [{wanted}].")
@@ -96,8 +107,8 @@ def _indices(name: str, index: Tensor | None, shape: tuple[int | None, ...], lim
     return full.long()
 
 
-def _pools(pool: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    sizes = () if pool is None else (pool,) if isinstance(pool, int) else tuple(pool)
+def _pools(pool: int | Sequence[int] | None) -> tuple[int, ...]:
+    sizes = () if pool is None else tuple(pool) if isinstance(pool, Sequence) else (pool,)
     for size in sizes:
         if size < 1:
             raise ValueError(f"pool has a block of {size}; expected at least 1.")
@@ -121,4 +132,4 @@ def _edges(offsets: Sequence[int] | Tensor | tuple[object, ...] | None, device: 
 
 
 def _is_several(offsets: object) -> bool:
-    return isinstance(offsets, tuple) and len(offsets) > 0 and not isinstance(offsets[0], int)
+    return isinstance(offsets, tuple) and len(offsets) > 0 and isinstance(offsets[0], (Sequence, Tensor))

@@ -61,7 +61,7 @@ def resolve_problem(
     _check_boolean("key_mask", key_mask, (b, n_k))
     _check_boolean("query_mask", query_mask, (b, n_q))
     if isinstance(sigmoid_bias, (int, float)):
-        sigmoid_bias = torch.full((h,), float(sigmoid_bias), device=q.device)
+        sigmoid_bias = torch.full((h,), float(sigmoid_bias), dtype=torch.float64, device=q.device)
     for name, vector in (("alibi", alibi), ("sinks", sinks), ("sigmoid_bias", sigmoid_bias)):
         _check_shape(name, vector, (h,))
         _check_float(name, vector)
@@ -71,10 +71,14 @@ def resolve_problem(
     if relative_bias is not None:
         _check_relative(relative_bias, h)
     named = {"prefix": prefix, "key_mask": key_mask, "query_mask": query_mask, "mask": mask, "bias": bias}
-    named |= {"segments": query_segments, "sinks": sinks, "alibi": alibi}
+    named |= {"segments of queries": query_segments, "segments of keys": key_segments, "sinks": sinks, "alibi": alibi}
+    named |= {"sigmoid_bias": sigmoid_bias, "relative_bias": None if relative_bias is None else relative_bias.table}
     for name, tensor in named.items():
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; expected one device.")
+        check_device(name, tensor, q)
+    key_mask = _unless_all(key_mask)
+    if key_mask is not None:
+        # Their weight is 0, and 0 times what they may hold, infinity or NaN, would be NaN.
+        k, v = (tensor.masked_fill(~key_mask[:, None, :, None], 0) for tensor in (k, v))
     return Problem(
         q=q,
         k=k,
@@ -87,7 +91,7 @@ def resolve_problem(
         prefix=prefix,
         query_segments=query_segments,
         key_segments=key_segments,
-        key_mask=_unless_all(key_mask),
+        key_mask=key_mask,
         query_mask=_unless_all(query_mask),
         mask=_broadcastable("mask", mask, (b, h, n_q, n_k)),
         bias=_broadcastable("bias", bias, (b, h, n_q, n_k)),
@@ -100,14 +104,19 @@ def resolve_problem(
     )
 
 
+def check_device(name: str, tensor: Tensor | None, q: Tensor) -> None:
+    """Raises ValueError where an argument is on another device than the queries."""
+    if tensor is not None and tensor.device != q.device:
+        raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; expected one device.")
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [batch, heads, positions, columns].")
         if tensor.dtype not in _FLOATS or tensor.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype} and q {q.dtype}; expected one floating-point dtype.")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; expected one device.")
+        check_device(name, tensor, q)
         if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(f"{name} has {tensor.shape[-1]} columns a head; expected 1 to {MAX_HEAD_DIM}.")
     b, h, _, d = q.shape

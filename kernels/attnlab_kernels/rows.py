@@ -131,11 +131,12 @@ def _with_sink(
     The entropy follows by grouping: that of the choice between keys and sink, plus the keys' own times their share.
     """
     pivot = torch.maximum(top, sink)
+    pivot = torch.where(pivot == -math.inf, 0, pivot)
     keys, other = top - pivot + log_total, sink - pivot
     log_sum = torch.log(torch.exp(keys) + torch.exp(other))
     share = torch.exp(keys - log_sum)
     if entropy is not None:
-        entropy = share * (entropy - (keys - log_sum)) - torch.exp(other - log_sum) * (other - log_sum)
+        entropy = share * entropy + torch.special.entr(share) + torch.special.entr(torch.exp(other - log_sum))
     return pivot + log_sum, share, entropy
 
 

@@ -6,6 +6,8 @@ so two runs give the same bytes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
@@ -93,12 +95,16 @@ class Collector:
             norm = torch.linalg.vector_norm(p, dim=-1)
             found["collision"][row] = (norm * rows.to_shares.squeeze(-1)).square_()
         if block.sinks is not None:
-            found["learned_sink_mass"][row] = torch.exp(block.sinks.to(block.dtype)[:, None] - rows.lse)
+            sinks = block.sinks.to(block.dtype)[:, None]
+            found["learned_sink_mass"][row] = torch.where(sinks == -math.inf, 0, torch.exp(sinks - rows.lse))
         if emit.top_k is not None and block.keys:
             k = min(emit.top_k, block.keys)
             values, keys = p.topk(k, dim=-1)
-            # A visible key can have weight 0 in float32; only hidden ones are left out of the list.
             absent = torch.arange(k, device=p.device) >= _visible_number(block)
+            if bool((values == 0).logical_and_(~absent).any()):
+                # Weights that underflow look like hidden entries, which must not be listed in their place.
+                keys = _visible_logits(block).topk(k, dim=-1).indices
+                values = p.gather(-1, keys)
             found["top_k_values"][row][..., :k] = (values * rows.to_shares).masked_fill_(absent, 0)
             found["top_k_keys"][row][..., :k] = (keys + tile.j.start).masked_fill_(absent, -1)
 
@@ -124,7 +130,11 @@ class Collector:
         request, emit, p = self.request, self.request.emit, rows.near_shares
         factor = rows.to_weights
         if block.query_mask is not None:
-            factor = torch.where(block.query_mask[:, None, :, None], factor, 0)
+            padding = ~block.query_mask[:, None, :, None]
+            if bool((rows.to_weights.isnan() & padding).any()):
+                # 0 times NaN is NaN, and whatever padding holds must not reach a statistic.
+                p.masked_fill_(padding, 0)
+            factor = factor.masked_fill(padding, 0)
         keys = (tile.b, h, tile.j)
         if emit.key_sum:
             self.found["key_sum"][keys] += (factor.mT @ p).squeeze(-2)
@@ -218,7 +228,8 @@ class Collector:
     def _bins(self, profile: Tensor, edges: Tensor) -> Tensor:
         """Sums over bins of distances, in float64: counts pass 2^24. Column c holds distance Nq - 1 + offset - c."""
         running = pad(profile.double().cumsum(-1), (1, 0))
-        high = (self.problem.queries + self.problem.offset - edges).clamp(0, profile.shape[-1])
+        n_q, n_k, offset = self.problem.queries, self.problem.keys, self.problem.offset
+        high = n_q + offset - edges.clamp(offset - n_k, offset + n_q)
         sums = running[..., high[:-1]] - running[..., high[1:]]
         return sums.to(profile.dtype)
 
@@ -228,6 +239,12 @@ def _grouped_product(p: Tensor, v: Tensor, group: int) -> Tensor:
     b, h, n_q, n_k = p.shape
     flat = p.view(b * h // group, group * n_q, n_k)
     return torch.bmm(flat, v.reshape(b * h // group, n_k, v.shape[-1])).view(b, h, n_q, v.shape[-1])
+
+
+def _visible_logits(block: Problem) -> Tensor:
+    """[b, h, i, j], -inf where hidden."""
+    seen = block.visible()
+    return block.logits() if seen is None else block.logits().masked_fill(~seen, -math.inf)
 
 
 def _visible_number(block: Problem) -> Tensor:

@@ -9,8 +9,9 @@ order, so the result does not depend on which core ran what.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -22,21 +23,56 @@ WORTH_THREADS = 1 << 18
 """Scores below which more than one core costs more than it saves."""
 
 
+class _OwnThreads:
+    """How many threads torch had before any of the calls that are under way, in whatever thread.
+
+    Each thread has a count of its own, but it begins as the count that was set last, wherever that was: asked in the
+    middle of another call, it would be that call's, and would stay behind.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._count = 0
+
+    @contextmanager
+    def put_back(self) -> Iterator[int]:
+        """Gives the count, which the block may change."""
+        with self._lock:
+            if not self._calls:
+                self._count = torch.get_num_threads()
+            self._calls += 1
+            count = self._count
+        try:
+            yield count
+        finally:
+            with self._lock:
+                self._calls -= 1
+                torch.set_num_threads(count)
+
+
+_own_threads = _OwnThreads()
+
+
 def run_strips(run: Callable[[list[Tile], Workspace], None], strips: list[list[Tile]], problem: Problem) -> None:
     """Call `run` once for each strip, with a workspace that no other thread uses at the time."""
-    threads = torch.get_num_threads()
-    workers = min(threads, len(strips))
-    scores = problem.batch * problem.heads * problem.queries * problem.keys
-    if problem.q.device.type != "cpu" or (workers < 2 and scores >= WORTH_THREADS):
+    if problem.q.device.type != "cpu":
         _run_here(run, strips, problem)
         return
-    if workers < 2 or scores < WORTH_THREADS:
-        torch.set_num_threads(1)
-        try:
+    with _own_threads.put_back() as threads:
+        if problem.batch * problem.heads * problem.queries * problem.keys < WORTH_THREADS:
+            torch.set_num_threads(1)
             _run_here(run, strips, problem)
-        finally:
-            torch.set_num_threads(threads)
-        return
+        elif min(threads, len(strips)) < 2:
+            _run_here(run, strips, problem)
+        else:
+            _run_on_cores(run, strips, problem, threads)
+
+
+def _run_on_cores(
+    run: Callable[[list[Tile], Workspace], None], strips: list[list[Tile]], problem: Problem, threads: int
+) -> None:
+    workers = min(threads, len(strips))
     inference = torch.is_inference_mode_enabled()
     local = threading.local()
 
@@ -50,13 +86,9 @@ def run_strips(run: Callable[[list[Tile], Workspace], None], strips: list[list[T
         with torch.inference_mode() if inference else torch.no_grad():
             run(strip, local.work)
 
-    try:
-        with ThreadPoolExecutor(workers, initializer=begin) as pool:
-            for done in [pool.submit(run_one, strip) for strip in strips]:
-                done.result()
-    finally:
-        # A thread's own count is its own, but the default for threads yet to come is shared.
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(workers, initializer=begin) as pool:
+        for done in [pool.submit(run_one, strip) for strip in strips]:
+            done.result()
 
 
 def _run_here(run: Callable[[list[Tile], Workspace], None], strips: list[list[Tile]], problem: Problem) -> None:

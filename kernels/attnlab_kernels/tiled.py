@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from attnlab_kernels.dense import Pattern
 from attnlab_kernels.emit import Emitted
+from attnlab_kernels.precision import without_autocast
 from attnlab_kernels.problem import Problem
 from attnlab_kernels.request import Request
 from attnlab_kernels.rows import Workspace, in_compute_precision, softmax_rows
@@ -79,9 +80,10 @@ class _Tiled(torch.autograd.Function):
         problem = ctx.problem.with_learned({name: tensor.detach() for name, tensor in learned.items()})
         needed = [name for name, need in zip(ctx.names, ctx.needs_input_grad[4:], strict=True) if need]
         totals = {name: torch.zeros_like(learned[name], dtype=problem.dtype) for name in needed}
-        for strip in plan_strips(problem, scores=max(1, ctx.scores // 4)):
-            for tile in strip:
-                _add_gradients(problem, tile, wanted, totals)
+        with without_autocast(problem.q):
+            for strip in plan_strips(problem, scores=max(1, ctx.scores // 4)):
+                for tile in strip:
+                    _add_gradients(problem, tile, wanted, totals)
         grads = [totals[name].to(learned[name].dtype) if name in totals else None for name in ctx.names]
         return (None, None, None, None, *grads)
 

@@ -140,6 +140,13 @@ def test_spread_over_rows_and_over_sequences_are_told_apart():
     np.testing.assert_allclose(table["entropy_sd_sequences"], entropy.mean(-1).std(-1), rtol=1e-9)
 
 
+def test_a_long_list_of_focused_heads_ends_with_how_many_more():
+    layout = Layout("hand-made", {"self": (8,)})
+    q = k = 100 * torch.eye(6).expand(1, 8, 6, 6)
+    findings = run_one(Entropy(layout), q, k).result().findings
+    assert any(sentence.endswith("L0H4, L0H5 and 2 more.") for sentence in findings)
+
+
 def test_merged_states_give_the_result_of_one_pass():
     torch.manual_seed(3)
     q, k = torch.randn(5, 2, 7, 4), torch.randn(5, 2, 7, 4)

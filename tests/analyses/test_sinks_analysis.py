@@ -9,6 +9,7 @@ from attnlab_analyses.sinks import EDGES, Sinks, _shortest
 from attnlab_kernels import attention
 
 from attnlab.capture.call import Call, Site
+from attnlab.errors import AttnlabError
 from attnlab.runs.analysis import Batch, Layout
 
 LAYOUT = Layout("hand-made", {"self": (1,)}, vocabulary=10, tokens=tuple("abcdefghij"))
@@ -149,6 +150,20 @@ def test_sequences_so_short_that_uniform_attention_passes_are_pointed_out():
     result = run_scores(Sinks(LAYOUT), torch.zeros(2, 1, 6, 6)).result()
     assert metric(result, "sink_rate") == [1.0]
     assert "2 sequences of 2 have so few tokens" in result.findings[-1]
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal", "said"), [(20, 3, False, True), (3, 20, False, False), (1, 1, True, True)]
+)
+def test_where_attention_is_not_causal_the_keys_decide_what_is_short(queries, keys, causal, said):
+    result = run_scores(Sinks(LAYOUT), torch.zeros(1, 1, queries, keys), causal=causal).result()
+    assert any("1 sequence of 1 has so few tokens" in sentence for sentence in result.findings) == said
+
+
+@pytest.mark.parametrize("threshold", ["0.3", None, -0.1, 3])
+def test_a_threshold_that_is_no_share_is_refused(threshold):
+    with pytest.raises(AttnlabError, match="a share of attention, 0 to 1"):
+        Sinks(LAYOUT, threshold=threshold)
 
 
 def test_the_threshold_is_an_option():

@@ -112,7 +112,7 @@ def test_a_users_boolean_mask_is_kept(tiny):
     assert hidden.abs().max() == 0
 
 
-@pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min, -1e9])
 def test_a_users_additive_mask_is_kept(tiny, hidden):
     model = tiny("LlamaForCausalLM")
     seen = torch.ones(12, 12, dtype=torch.bool).tril()
@@ -122,6 +122,8 @@ def test_a_users_additive_mask_is_kept(tiny, hidden):
         own, read, calls, _ = both(model, input_ids=IDS, attention_mask=mask)
         assert agree(own, read)
         assert calls[0].emitted.entropy[:, :, 0].abs().max() < 1e-6
+        assert calls[0].site.causal == (additive.shape[1] == 1)
+        assert calls[0].emitted.key_count[0, 0].tolist() == list(range(12, 0, -1))
 
 
 def test_rows_that_an_additive_mask_hides_whole_are_computed_but_do_not_count(tiny):
@@ -184,3 +186,42 @@ def test_padding_of_the_target_does_not_count_as_a_reader_of_the_source(tiny):
         assert torch.equal(call.site.query_mask, target.bool())
         assert torch.equal(call.site.key_mask, source.bool())
         assert torch.allclose(call.emitted.key_sum.sum(-1), target.sum(1)[:, None].float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+@pytest.mark.parametrize("target", [5, 12])
+@pytest.mark.parametrize("stated", [False, True])
+def test_padding_of_the_source_is_not_taken_for_padding_of_the_target(tiny, name, target, stated):
+    source = torch.ones_like(IDS)
+    source[0, 11:] = 0
+    inputs = {"input_ids": IDS, "attention_mask": source, "decoder_input_ids": IDS[:, :target]}
+    inputs |= {"decoder_attention_mask": torch.ones(2, target, dtype=torch.long)} if stated else {}
+    _, _, calls, _ = both(tiny(name), **inputs)
+    assert {call.kind for call in calls} == {"encoder", "self", "cross"}
+    for call in calls:
+        if call.kind != "encoder":
+            assert call.site.query_mask is None
+        if call.kind == "self":
+            assert call.site.key_mask is None
+        else:
+            assert torch.equal(call.site.key_mask, source.bool())
+
+
+def test_padding_of_the_text_is_not_taken_for_padding_of_the_image():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**shape, image_size=8, patch_size=4),
+        text_config=LlamaConfig(**shape, vocab_size=64, num_key_value_heads=2),
+        image_token_index=63,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    ids = torch.cat([torch.full((2, 4), 63), IDS[:, :6]], 1)
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    _, _, calls, _ = both(model, input_ids=ids, attention_mask=mask, pixel_values=torch.randn(2, 3, 8, 8))
+    masks = {call.kind: call.site.query_mask for call in calls}
+    assert masks["encoder"] is None
+    assert torch.equal(masks["self"], mask.bool())

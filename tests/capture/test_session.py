@@ -154,3 +154,26 @@ def test_nothing_is_registered_by_an_import():
 
     code = "import attnlab.capture, attnlab.models, sys; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_calls_that_gradient_checkpointing_repeats_are_not_recorded_again(tiny, reentrant):
+    model = tiny("LlamaForCausalLM").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    weight = model.get_parameter("model.layers.0.self_attn.v_proj.weight")
+    model(IDS, labels=IDS).loss.backward()
+    own, weight.grad = weight.grad, None
+    with capture(model, emit=Emit(entropy=True)) as session:
+        model(IDS, labels=IDS).loss.backward()
+    assert [call.layer for call in session.calls] == [0, 1]
+    assert torch.allclose(weight.grad, own, atol=1e-4 * float(own.abs().max()))
+
+
+def test_a_layer_called_by_itself_keeps_its_number(tiny):
+    model = tiny("LlamaForCausalLM")
+    hidden = torch.randn(1, 5, 32)
+    angles = model.model.rotary_emb(hidden, torch.arange(5)[None])
+    with capture(model, emit=Emit(entropy=True)) as session:
+        for _ in range(2):
+            model.model.layers[0].self_attn(hidden, position_embeddings=angles, attention_mask=None)
+    assert [call.layer for call in session.calls] == [0, 0]

@@ -136,6 +136,8 @@ def edit(folder, **changes):
 def test_an_unknown_architecture_is_refused(folder):
     edit(folder, architectures=["GrandioseForCausalLM"])
     refused(folder, "GrandioseForCausalLM", kind=UnsupportedModelError)
+    edit(folder, architectures=["pipeline"])
+    refused(folder, "pipeline", kind=UnsupportedModelError)
     edit(folder, model_type="grandiose")
     refused(folder, "transformers does not know", "grandiose")
 
@@ -160,7 +162,7 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_refused(folder):
 
 def test_weights_of_other_shapes_are_refused(folder):
     edit(folder, n_embd=32)
-    refused(folder, "do not load")
+    refused(folder, "does not fit", "has shape")
 
 
 def test_weights_that_have_no_place_are_warned_of(folder):
