@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -26,6 +25,8 @@ from typing import Any
 
 import torch
 from attnlab_kernels import Emit, Emitted, attention
+
+from attnlab.runs.memory import peak_memory
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ROWS = Emit(lse=True, entropy=True, max_probability=True, key_sum=True)
@@ -89,13 +90,8 @@ def disagreement(qkv: Tensors, results: dict[str, tuple[torch.Tensor, Emitted]])
 
 
 def peak_megabytes() -> float:
-    """The largest resident size of this process so far; `getrusage` counts its parent's in, so it comes last."""
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    """The largest resident size of this process so far."""
+    return (peak_memory() or math.nan) / 2**20
 
 
 def memory_of(name: str, args: argparse.Namespace, answer: Any) -> None:

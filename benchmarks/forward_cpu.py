@@ -7,7 +7,7 @@ time of a dense forward does not depend on them. The base model is timed (no log
 from __future__ import annotations
 
 import argparse
-import resource
+import logging
 import statistics
 import subprocess
 import sys
@@ -19,6 +19,7 @@ from attnlab_kernels import Emit
 from transformers import GPT2Config, GPT2Model
 
 from attnlab.capture import capture
+from attnlab.runs.memory import peak_memory
 
 
 def gpt2(tokens: int, layers: int) -> GPT2Model:
@@ -76,13 +77,14 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(VARIANTS), help="run one variant once and print its peak memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of token ids that are not used here
     with torch.no_grad():
         model = gpt2(arguments.tokens, arguments.layers)
         ids = torch.randint(0, 1024, (1, arguments.tokens))
         if arguments.only:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = peak_memory() or 0
             VARIANTS[arguments.only](model, ids)
-            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+            print(((peak_memory() or 0) - before) // 2**20)
             return
         check(arguments.layers)
         times: dict[str, list[float]] = {name: [] for name in VARIANTS}

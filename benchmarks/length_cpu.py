@@ -7,13 +7,14 @@ analysis does not form would take 8 x 131072 x 131072 x 4 bytes = 512 GiB.
 from __future__ import annotations
 
 import argparse
-import resource
+import math
 import time
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnlab
+from attnlab.runs.memory import peak_memory
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     start = time.perf_counter()
     run = attnlab.analyze(model, [ids], progress=False)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = (peak_memory() or math.nan) / 2**30
     print(run.heads[run.heads["metric"] == "entropy"].to_string(index=False))
     print(
         f"\n{arguments.tokens} tokens, 2 layers, 4 heads, D 32, {', '.join(run.results)}: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from attnlab.runs.analysis import Analysis
 from attnlab.runs.batching import Plan, chunks_of, make_plan
 from attnlab.runs.config import Config, config_hash, context, differences, resolve_config
 from attnlab.runs.data import Data, Sequences, read_sequences
+from attnlab.runs.memory import peak_memory
 from attnlab.runs.progress import Progress
 from attnlab.runs.registry import AnalysesAsked, Study, choose_studies
 from attnlab.runs.run import Run
@@ -302,11 +302,9 @@ def _threads(count: int) -> Iterator[None]:
 def _peak_memory(device: torch.device) -> dict[str, int]:
     """Peak bytes of this process so far, and of the GPU during the run."""
     peak = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    resident = peak_memory()
+    if resident is not None:
+        peak["peak_memory_bytes"] = resident
     if device.type == "cuda":
         peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak
