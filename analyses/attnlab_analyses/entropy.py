@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,8 @@ from torch import Tensor
 from attnlab.capture.call import Call, Kind, Site
 from attnlab.plots import head_map, profile
 from attnlab.results import NamedArray, Result, heads_frame
-from attnlab.runs.analysis import Analysis, Batch, Layout, Needs
+from attnlab.runs.analysis import Batch, Layout, Needs
+from attnlab_analyses.by_kind import AnalysisByKind
 from attnlab_analyses.entropy_figures import distribution
 from attnlab_analyses.moments import HeadMoments
 from attnlab_analyses.rows import counting_rows, float64, mean_over_rows, positions, sums_by_position
@@ -37,15 +38,14 @@ METRICS = ("entropy", "entropy_normalized", "effective_keys", "max_probability",
 PROFILES = ("entropy", "entropy_normalized", "distance")
 
 
-class Entropy(Analysis):
+class Entropy(AnalysisByKind["_Kind"]):
     """Entropy of attention by head: mean, spread over rows and sequences, distribution, and profile over position."""
 
     name: ClassVar[str] = "entropy"
     summary: ClassVar[str] = "how widely each head attends: entropy, effective keys, distance, by head and position"
 
     def __init__(self, layout: Layout) -> None:
-        super().__init__(layout)
-        self._kinds = {kind: _Kind(kind, heads) for kind, heads in kinds_in_order(layout.heads)}
+        super().__init__(layout, {kind: _Kind(kind, heads) for kind, heads in kinds_in_order(layout.heads)})
 
     def needs(self, site: Site, batch: Batch) -> Needs:
         """Row statistics in the forward itself, and the attended position as one more value column."""
@@ -59,25 +59,9 @@ class Entropy(Analysis):
         """Takes in the row statistics of one layer."""
         self._kinds[call.kind].update(call)
 
-    def merge(self, other: Self) -> None:
-        """Adds the state of the data that follows."""
-        for kind, state in self._kinds.items():
-            state.merge(other._kinds[kind])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Moments, histograms and sums by position of each kind."""
-        return {f"{kind}.{name}": t for kind, state in self._kinds.items() for name, t in state.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the state that `state_dict` gave."""
-        for kind, own in self._kinds.items():
-            own.load_state_dict(
-                {name.removeprefix(f"{kind}."): t for name, t in state.items() if name.startswith(f"{kind}.")}
-            )
-
     def result(self) -> Result:
         """Means with standard errors, a table of spreads, histograms and profiles."""
-        kinds = [state for state in self._kinds.values() if state.seen()]
+        kinds = self.seen_kinds()
         return Result(
             analysis=self.name,
             findings=tuple(sentence for state in kinds for sentence in state.findings(len(kinds) > 1)),

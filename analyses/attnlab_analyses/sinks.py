@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,8 @@ from torch import Tensor
 from attnlab.capture.call import Call, Kind, Site
 from attnlab.errors import AttnlabError
 from attnlab.results import NamedArray, Result, heads_frame
-from attnlab.runs.analysis import Analysis, Batch, Layout, Needs
+from attnlab.runs.analysis import Batch, Layout, Needs
+from attnlab_analyses.by_kind import AnalysisByKind
 from attnlab_analyses.moments import HeadMoments
 from attnlab_analyses.received import Received, TokenSums, received
 from attnlab_analyses.rows import counting_rows, float64, mean_over_rows, sums_by_position
@@ -45,7 +46,7 @@ LEAST_READERS = 0.05
 """A position is ranked when it has at least this share of the first position's readers: the last have few."""
 
 
-class Sinks(Analysis):
+class Sinks(AnalysisByKind["_Kind"]):
     """Where attention sinks: alpha_1 by head, the sink rate, and the positions and tokens that receive most."""
 
     name: ClassVar[str] = "sinks"
@@ -54,11 +55,10 @@ class Sinks(Analysis):
     )
 
     def __init__(self, layout: Layout, threshold: float = THRESHOLD) -> None:
-        super().__init__(layout)
         if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise AttnlabError(f"The threshold of the sinks is a share of attention, 0 to 1; got {threshold!r}.")
         self.threshold = threshold
-        self._kinds = {kind: _Kind(kind, heads, threshold) for kind, heads in kinds_in_order(layout.heads)}
+        super().__init__(layout, {kind: _Kind(kind, heads, threshold) for kind, heads in kinds_in_order(layout.heads)})
 
     def needs(self, site: Site, batch: Batch) -> Needs:
         """Column sums in the second pass; `lse` brings the learned sink's share where there is one."""
@@ -71,25 +71,9 @@ class Sinks(Analysis):
         ids = batch.decoder_input_ids if pair and call.kind == "self" else batch.input_ids
         self._kinds[call.kind].update(call, ids)
 
-    def merge(self, other: Self) -> None:
-        """Adds the state of the data that follows."""
-        for kind, state in self._kinds.items():
-            state.merge(other._kinds[kind])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Moments, sums by position and sums by token of each kind."""
-        return {f"{kind}.{name}": t for kind, state in self._kinds.items() for name, t in state.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the state that `state_dict` gave."""
-        for kind, own in self._kinds.items():
-            own.load_state_dict(
-                {name.removeprefix(f"{kind}."): t for name, t in state.items() if name.startswith(f"{kind}.")}
-            )
-
     def result(self) -> Result:
         """Sink metrics by head, alpha by position, and the tokens that receive most."""
-        kinds = [state for state in self._kinds.values() if state.seen()]
+        kinds = self.seen_kinds()
         tables = [state.token_table(self.layout.tokens) for state in kinds]
         return Result(
             analysis=self.name,
@@ -214,7 +198,7 @@ class _Kind:
         strongest, top = max((float(mass.mean[place]), name) for place, name in named.items())
         above = [name for place, name in named.items() if mass.mean[place] > self.threshold]
         if above:
-            listed = f"{len(above)} of {len(named)} heads have a sink at the first token{where}"
+            listed = f"{len(above)} of {len(named)} heads {'has' if len(above) == 1 else 'have'} a sink at the first token{where}"
             first = f"{listed}: the strongest is {top}, with a mean mass of {strongest:.3g} (threshold {eps})."
         else:
             first = (
