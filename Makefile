@@ -33,8 +33,7 @@ demo: install
 	$(BIN)/attnlab analyze --out runs/demo
 
 test: install-dev
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600
 
 lint: install-dev
 	$(BIN)/ruff format --check .

@@ -198,7 +198,8 @@ class _Kind:
         strongest, top = max((float(mass.mean[place]), name) for place, name in named.items())
         above = [name for place, name in named.items() if mass.mean[place] > self.threshold]
         if above:
-            listed = f"{len(above)} of {len(named)} heads {'has' if len(above) == 1 else 'have'} a sink at the first token{where}"
+            verb = "has" if len(above) == 1 else "have"
+            listed = f"{len(above)} of {len(named)} heads {verb} a sink at the first token{where}"
             first = f"{listed}: the strongest is {top}, with a mean mass of {strongest:.3g} (threshold {eps})."
         else:
             first = (
