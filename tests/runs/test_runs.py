@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -393,18 +394,19 @@ def test_memory_that_does_not_suffice_suggests_a_smaller_batch(model: attnlab.Mo
         hook.remove()
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file of this process may grow beyond 1000 bytes, which fails as a full disk does."""
+    """No file of this process may grow beyond 1000 bytes, pytest's own output included, which fails as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(model: attnlab.Model, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="No space is left") as caught:
+    with pytest.raises(RunFolderError, match="No space is left") as caught, small_disk():
         attnlab.analyze(model, [[1, 2, 3]], analyses=["entropy"], out=tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.tmp"))
