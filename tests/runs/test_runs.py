@@ -396,7 +396,7 @@ def test_memory_that_does_not_suffice_suggests_a_smaller_batch(model: attnlab.Mo
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """No file of this process may grow beyond 1000 bytes, pytest's own output included, which fails as a full disk does."""
+    """No file of this process may grow beyond 1000 bytes, pytest's own included, which fails as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
