@@ -21,6 +21,7 @@
     place.style.minHeight = (figure.layout.height || 420) + "px";
     return Plotly.react(place, figure.data, themed(figure.layout), config);
   }
+  const MARGIN = 600;
   const places = [...document.querySelectorAll(".figure")];
   const watch = new IntersectionObserver(
     (entries) => {
@@ -30,9 +31,11 @@
           draw(entry.target);
         }
     },
-    { rootMargin: "600px" },
+    { rootMargin: `${MARGIN}px` },
   );
-  places.forEach((place) => watch.observe(place));
+  // What is in sight is drawn at once; an observer first reports when the browser gets to paint.
+  const near = ({ top, bottom }) => top < innerHeight + MARGIN && bottom > -MARGIN;
+  places.forEach((place) => (near(place.getBoundingClientRect()) ? draw(place) : watch.observe(place)));
   dark.addEventListener("change", () => [...drawn.keys()].forEach(draw));
   addEventListener("beforeprint", () => places.filter((place) => !drawn.has(place)).forEach(draw));
 
