@@ -30,7 +30,7 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 demo: install
-	$(BIN)/attnlab analyze --out runs/demo
+	$(BIN)/attnlab analyze --fresh --out runs/demo
 
 test: install-dev
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600
