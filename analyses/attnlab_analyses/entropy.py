@@ -48,11 +48,12 @@ class Entropy(AnalysisByKind["_Kind"]):
         super().__init__(layout, {kind: _Kind(kind, heads) for kind, heads in kinds_in_order(layout.heads)})
 
     def needs(self, site: Site, batch: Batch) -> Needs:
-        """Row statistics in the forward itself, and the attended position as one more value column."""
-        probes = None
+        """Row statistics in the forward itself; the keys' own mass and the attended position as more value columns."""
+        columns = [torch.ones(site.n_keys, device=site.device)]
         if site.kind != "cross":
             # Centred: float32 would lose whole tokens of a difference of two positions near 131072.
-            probes = _centred_positions(site)[:, None]
+            columns.append(_centred_positions(site))
+        probes = torch.stack(columns, dim=-1)
         return Needs(Emit(entropy=True, collision=True, max_probability=True, visible=True, key_probes=probes))
 
     def update(self, call: Call, batch: Batch) -> None:
@@ -265,11 +266,13 @@ def _row_statistics(call: Call) -> tuple[dict[str, Tensor], Tensor]:
     assert emitted.collision is not None
     assert emitted.max_probability is not None
     assert emitted.visible is not None
+    assert emitted.key_probes is not None
     entropy, collision = float64(emitted.entropy), float64(emitted.collision)
     visible = float64(emitted.visible).expand_as(entropy)
     rows = counting_rows(site, visible)
     learned = emitted.learned_sink_mass
-    on_keys = 1.0 - float64(learned) if learned is not None else torch.ones_like(entropy)
+    # Summed, not 1 - the learned sink's share, which has no digits left where the sink takes nearly everything.
+    on_keys = float64(emitted.key_probes)[..., 0] if learned is not None else torch.ones_like(entropy)
     choices = visible + (1.0 if learned is not None else 0.0)
     found = {
         "visible": visible,
@@ -279,10 +282,9 @@ def _row_statistics(call: Call) -> tuple[dict[str, Tensor], Tensor]:
         "max_probability": float64(emitted.max_probability),
     }
     if site.kind != "cross":
-        assert emitted.key_probes is not None
         centre = (site.n_keys - 1) / 2
         query = torch.arange(site.n_queries, device=entropy.device, dtype=torch.float64) + site.query_offset - centre
-        found["distance"] = query * on_keys - float64(emitted.key_probes)[..., 0]
+        found["distance"] = query * on_keys - float64(emitted.key_probes)[..., 1]
     return found, rows.to(entropy.device)
 
 
