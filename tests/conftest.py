@@ -1,10 +1,6 @@
 """Small checkpoints with random weights, made once: no test needs the network."""
 
-import os
 from pathlib import Path
-
-# Before torch is loaded: threads that wait by spinning take the cores from other processes (and other test workers).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 from torch import Tensor
 
+from attnlab_kernels.backends import BACKENDS
 from attnlab_kernels.dense import dense_attention
 from attnlab_kernels.emit import Emit, Emitted
-from attnlab_kernels.errors import UnsupportedError
 from attnlab_kernels.precision import without_autocast
-from attnlab_kernels.problem import Problem, RelativeBias
-from attnlab_kernels.request import Request, resolve_request
+from attnlab_kernels.problem import RelativeBias
+from attnlab_kernels.request import resolve_request
 from attnlab_kernels.resolve import resolve_problem
-from attnlab_kernels.tiled import tiled_attention
-
-BACKENDS = ("auto", "triton", "tiled", "dense")
 
 
 class Attention(NamedTuple):
@@ -48,6 +44,7 @@ def attention(
     sinks: Tensor | None = None,
     normalizer: str = "softmax",
     sigmoid_bias: float | Tensor | None = None,
+    dropout_p: float = 0.0,
     emit: Emit | None = None,
     backend: str = "auto",
 ) -> Attention:
@@ -77,6 +74,7 @@ def attention(
         sinks: [Hq], a learned logit a head without a value (gpt-oss).
         normalizer: "softmax", or "sigmoid" (arXiv 2409.04431): A = sigmoid(S + sigmoid_bias), rows not normalised.
         sigmoid_bias: a number or [Hq]; 0 by default.
+        dropout_p: 0, which is all that is supported.
         emit: the statistics wanted; none by default.
         backend: "triton", "tiled", "dense", or "auto": triton on a GPU where it supports all that is asked, else tiled.
 
@@ -96,6 +94,11 @@ def attention(
         >>> round(float(emitted.key_sum[0, 0].sum()), 4)
         4.0
     """
+    if dropout_p != 0:
+        raise ValueError(
+            f"dropout_p is {dropout_p}; expected 0: statistics of a randomly thinned pattern are not the model's. "
+            "Call model.eval(), or set its attention dropout to 0."
+        )
     problem = resolve_problem(
         q,
         k,
@@ -121,28 +124,10 @@ def attention(
     problem, request = resolve_request(Emit() if emit is None else emit, problem)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}.")
-    with without_autocast(q):
-        return _compute(problem, request, backend)
-
-
-def _compute(problem: Problem, request: Request, backend: str) -> Attention:
     if backend == "dense":
-        return Attention(*dense_attention(problem, request))
-    if backend == "tiled" or (backend == "auto" and not problem.q.is_cuda):
-        return Attention(*tiled_attention(problem, request))
-    if not _has_triton():
-        if backend == "triton":
-            raise UnsupportedError("backend 'triton' needs the package triton, which is not installed.")
-        return Attention(*tiled_attention(problem, request))
-    from attnlab_kernels.triton_forward import triton_attention, unsupported
+        with without_autocast(q):
+            return Attention(*dense_attention(problem, request))
+    # Imported here, since it registers operators of torch, which an import of this package does not.
+    from attnlab_kernels.operator import compute
 
-    if backend == "auto" and unsupported(problem, request) is not None:
-        return Attention(*tiled_attention(problem, request))
-    return Attention(*triton_attention(problem, request))
-
-
-def _has_triton() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ValueError:  # a blocked module
-        return False
+    return Attention(*compute(problem, request, backend))

@@ -150,7 +150,7 @@ def _query_side(pattern: Pattern, request: Request) -> dict[str, object]:
         flat = read.reshape(b, h, n_q * n_k)
         found["head_gram"] = flat @ flat.transpose(-1, -2)
     if request.pools:
-        maps = [(_block_sums(read, size), _block_sums(counted, size)) for size in request.pools]
+        maps = [(block_sums(read, size), block_sums(counted, size)) for size in request.pools]
         means = tuple(sums / counts.clamp(min=1) for sums, counts in maps)
         found["pooled"] = means if request.several_pools else means[0]
         found["pooled_count"] = tuple(counts for _, counts in maps) if request.several_pools else maps[0][1]
@@ -162,7 +162,8 @@ def _query_side(pattern: Pattern, request: Request) -> dict[str, object]:
     return found
 
 
-def _block_sums(entries: Tensor, size: int) -> Tensor:
+def block_sums(entries: Tensor, size: int) -> Tensor:
+    """[b, h, i, j] summed over blocks of `size` queries and keys."""
     b, h, n_q, n_k = entries.shape
     rows, columns = -(-n_q // size), -(-n_k // size)
     padded = torch.nn.functional.pad(entries, (0, columns * size - n_k, 0, rows * size - n_q))

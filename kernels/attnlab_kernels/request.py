@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnlab_kernels.emit import Emit
 from attnlab_kernels.problem import Problem
-from attnlab_kernels.resolve import check_device
+from attnlab_kernels.resolve import check_device, values_can_be_read
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,7 @@ class Request:
         gather: [b, Nq, T], rows and columns: [b, R].
         pools: block sizes. edges: sorted bin edges, one tensor for each profile.
         several_pools, several_edges: whether the answer is a tuple, because the question was one.
+        checked: whether the values of indices and edges were; while a graph is traced they have none.
     """
 
     emit: Emit
@@ -34,6 +35,7 @@ class Request:
     edges: tuple[Tensor, ...] = ()
     several_pools: bool = False
     several_edges: bool = False
+    checked: bool = True
 
     @property
     def key_statistics(self) -> bool:
@@ -56,14 +58,17 @@ def resolve_request(emit: Emit, problem: Problem) -> tuple[Problem, Request]:
     request = Request(
         emit=emit,
         query_probes=probe_columns("query_probes", emit.query_probes, problem, n_q, problem.query_mask),
-        gather=_indices("gather", emit.gather, (b, n_q, None), n_k),
-        rows=_indices("rows", emit.rows, (b, None), n_q),
-        columns=_indices("columns", emit.columns, (b, None), n_k),
+        gather=_indices("gather", emit.gather, (b, n_q, None)),
+        rows=_indices("rows", emit.rows, (b, None)),
+        columns=_indices("columns", emit.columns, (b, None)),
         pools=_pools(emit.pool),
         edges=_edges(emit.offsets, problem.q.device),
         several_pools=isinstance(emit.pool, Sequence),
         several_edges=_is_several(emit.offsets),
+        checked=values_can_be_read(problem.q),
     )
+    if request.checked:
+        check_indices(request, problem)
     columns = probe_columns("key_probes", emit.key_probes, problem, n_k, problem.key_mask)
     return replace(problem, key_probes=columns), request
 
@@ -92,7 +97,19 @@ def probe_columns(
     return full if exists is None else full.masked_fill(~exists[:, None, :, None], 0)
 
 
-def _indices(name: str, index: Tensor | None, shape: tuple[int, *tuple[int | None, ...]], limit: int) -> Tensor | None:
+def check_indices(request: Request, problem: Problem) -> None:
+    """Raises ValueError where the value of an index or of an edge does not fit."""
+    n_q, n_k = problem.queries, problem.keys
+    chosen = (("gather", request.gather, n_k), ("rows", request.rows, n_q), ("columns", request.columns, n_k))
+    for name, index, limit in chosen:
+        if index is not None and index.numel() and (int(index.min()) < -1 or int(index.max()) >= limit):
+            raise ValueError(f"{name} holds an index outside -1 .. {limit - 1}.")
+    for edges in request.edges:
+        if not bool((edges[1:] > edges[:-1]).all()):
+            raise ValueError("offsets has edges that do not increase; expected e_0 < e_1 < ... < e_n.")
+
+
+def _indices(name: str, index: Tensor | None, shape: tuple[int, *tuple[int | None, ...]]) -> Tensor | None:
     if index is None:
         return None
     given = list(index.shape)
@@ -102,8 +119,6 @@ def _indices(name: str, index: Tensor | None, shape: tuple[int, *tuple[int | Non
     if full.dim() != len(shape) or any(want not in (None, got) for got, want in zip(full.shape, shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {given}; expected [{wanted}].")
-    if full.numel() and (int(full.min()) < -1 or int(full.max()) >= limit):
-        raise ValueError(f"{name} holds an index outside -1 .. {limit - 1}.")
     return full.long()
 
 
@@ -125,8 +140,6 @@ def _edges(offsets: Sequence[int] | Tensor | tuple[object, ...] | None, device: 
             raise ValueError(
                 f"offsets has edges of shape {list(edges.shape)}; expected at least two integers in a row."
             )
-        if not bool((edges[1:] > edges[:-1]).all()):
-            raise ValueError("offsets has edges that do not increase; expected e_0 < e_1 < ... < e_n.")
         profiles.append(edges.long())
     return tuple(profiles)
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnlab_kernels.problem import Problem, RelativeBias
 
@@ -110,6 +111,13 @@ def check_device(name: str, tensor: Tensor | None, q: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; expected one device.")
 
 
+def values_can_be_read(tensor: Tensor) -> bool:
+    """Whether a tensor has values that Python may look at: not while a graph is traced or captured."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
@@ -184,4 +192,4 @@ def _broadcastable(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> 
 
 def _unless_all(mask: Tensor | None) -> Tensor | None:
     """A mask that hides nothing is dropped here, so no backend pays for it."""
-    return None if mask is None or bool(mask.all()) else mask
+    return None if mask is None or (values_can_be_read(mask) and bool(mask.all())) else mask

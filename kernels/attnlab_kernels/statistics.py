@@ -7,6 +7,9 @@ so two runs give the same bytes.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +19,9 @@ from attnlab_kernels.counts import has_closed_form, keys_seen, queries_seeing
 from attnlab_kernels.emit import Emitted
 from attnlab_kernels.problem import Problem, cut_broadcast
 from attnlab_kernels.request import Request
-from attnlab_kernels.rows import Rows, Workspace
+from attnlab_kernels.rows import Rows, spans
 from attnlab_kernels.tiles import Tile
+from attnlab_kernels.workspace import Workspace
 
 
 class Collector:
@@ -69,20 +73,41 @@ class Collector:
     def _zeros(self, name: str, *shape: int) -> None:
         self.found[name] = torch.zeros(shape, dtype=self.problem.dtype, device=self.problem.q.device)
 
-    def add(self, tile: Tile, block: Problem, rows: Rows, work: Workspace) -> None:
-        """Read everything asked for off a tile. The shares are overwritten last."""
-        h = slice(tile.n.start * block.group, tile.n.stop * block.group)
-        row = (tile.b, h, tile.i)
-        self._write_rows(row, tile, block, rows)
-        self._write_entries(tile, h, rows)
-        self._add_over_queries(tile, h, block, rows, work)
+    def add(self, tiles: list[Tile], blocks: list[Problem], rows: Rows, work: Workspace) -> None:
+        """Read everything asked for off a tile. The shares are overwritten last.
 
-    def _write_rows(self, row: tuple[slice, slice, slice], tile: Tile, block: Problem, rows: Rows) -> None:
+        Args:
+            tiles: the tile, or its parts where keys between are left out; they differ in their keys alone.
+            blocks: the problem, cut to each of them.
+            rows: of all of them, side by side.
+            work: the core's buffers.
+        """
+        tile = tiles[0]
+        h = slice(tile.n.start * blocks[0].group, tile.n.stop * blocks[0].group)
+        self._write_rows((tile.b, h, tile.i), tiles, blocks, rows)
+        self._write_entries(tiles, h, rows)
+        for at, part, block in zip(spans(blocks), tiles, blocks, strict=True):
+            self._add_over_queries(part, h, block, rows, rows.near_shares[..., at], work)
+        if self.request.emit.visible and self.count_entries:
+            self.found["visible"][tile.b, h, tile.i] = _visible_number(blocks).squeeze(-1)
+
+    def _write_rows(
+        self, row: tuple[slice, slice, slice], tiles: list[Tile], blocks: list[Problem], rows: Rows
+    ) -> None:
         emit, found, p = self.request.emit, self.found, rows.near_shares
-        self.out[row] = _grouped_product(p, block.v, block.group).mul_(rows.to_weights)
-        if block.key_probes is not None:
-            probes = block.key_probes.expand(block.batch, block.heads, -1, -1)
-            found["key_probes"][row] = (p @ probes).mul_(rows.to_weights)
+        block, n_k = blocks[0], p.shape[-1]
+        out: Tensor | None = None
+        probes: Tensor | None = None
+        for at, part in zip(spans(blocks), blocks, strict=True):
+            read = _grouped_product(p[..., at], part.v, part.group)
+            out = read if out is None else out.add_(read)
+            if part.key_probes is not None:
+                read = p[..., at] @ part.key_probes.expand(part.batch, part.heads, -1, -1)
+                probes = read if probes is None else probes.add_(read)
+        if out is not None:
+            self.out[row] = out.mul_(rows.to_weights)
+        if probes is not None:
+            found["key_probes"][row] = probes.mul_(rows.to_weights)
         if emit.lse:
             found["lse"][row] = rows.lse
         if rows.entropy is not None:
@@ -90,33 +115,32 @@ class Collector:
         if emit.max_probability:
             found["max_probability"][row] = rows.max_share
         if emit.argmax and rows.argmax is not None:
-            found["argmax"][row] = torch.where(rows.argmax < 0, -1, rows.argmax + tile.j.start)
+            found["argmax"][row] = torch.where(rows.argmax < 0, -1, _to_keys(rows.argmax, tiles))
         if emit.collision:
             norm = torch.linalg.vector_norm(p, dim=-1)
             found["collision"][row] = (norm * rows.to_shares.squeeze(-1)).square_()
         if block.sinks is not None:
             sinks = block.sinks.to(block.dtype)[:, None]
             found["learned_sink_mass"][row] = torch.where(sinks == -math.inf, 0, torch.exp(sinks - rows.lse))
-        if emit.top_k is not None and block.keys:
-            k = min(emit.top_k, block.keys)
-            values, keys = p.topk(k, dim=-1)
-            absent = torch.arange(k, device=p.device) >= _visible_number(block)
+        if emit.top_k is not None and n_k:
+            k = min(emit.top_k, n_k)
+            values, keys = _top(p, k)
+            absent = torch.arange(k, device=p.device) >= _visible_number(blocks)
             if bool((values == 0).logical_and_(~absent).any()):
                 # Weights that underflow look like hidden entries, which must not be listed in their place.
-                keys = _visible_logits(block).topk(k, dim=-1).indices
+                keys = _top(torch.cat([_visible_logits(part) for part in blocks], -1), k).keys
                 values = p.gather(-1, keys)
             found["top_k_values"][row][..., :k] = (values * rows.to_shares).masked_fill_(absent, 0)
-            found["top_k_keys"][row][..., :k] = (keys + tile.j.start).masked_fill_(absent, -1)
+            found["top_k_keys"][row][..., :k] = _to_keys(keys, tiles).masked_fill_(absent, -1)
 
-    def _write_entries(self, tile: Tile, h: slice, rows: Rows) -> None:
-        request, p = self.request, rows.near_shares
+    def _write_entries(self, tiles: list[Tile], h: slice, rows: Rows) -> None:
+        request, p, tile = self.request, rows.near_shares, tiles[0]
         for name, index in (("gathered", request.gather), ("columns", request.columns)):
             if index is None or not p.shape[-1]:
                 continue
-            at = index[tile.b, None, tile.i] if name == "gathered" else index[tile.b, None, None]
-            at = at.expand(-1, p.shape[1], p.shape[2], -1) - tile.j.start
-            inside = (at >= 0) & (at < p.shape[-1])
-            taken = p.gather(-1, torch.where(inside, at, 0)).mul_(rows.to_weights)
+            wanted = index[tile.b, None, tile.i] if name == "gathered" else index[tile.b, None, None]
+            inside, at = _from_keys(wanted.expand(-1, p.shape[1], p.shape[2], -1), tiles)
+            taken = p.gather(-1, at).mul_(rows.to_weights)
             self.found[name][tile.b, h, tile.i] = torch.where(inside, taken, 0)
         if request.rows is not None:
             index = request.rows[tile.b]
@@ -124,10 +148,14 @@ class Collector:
             if len(batch):
                 at = index[batch, place] - tile.i.start
                 taken = p[batch, :, at] * rows.to_weights[batch, :, at]
-                self.found["rows"][tile.b, h][batch, :, place, tile.j] = taken
+                start = 0
+                for part in tiles:
+                    stop = start + part.j.stop - part.j.start
+                    self.found["rows"][tile.b, h][batch, :, place, part.j] = taken[..., start:stop]
+                    start = stop
 
-    def _add_over_queries(self, tile: Tile, h: slice, block: Problem, rows: Rows, work: Workspace) -> None:
-        request, emit, p = self.request, self.request.emit, rows.near_shares
+    def _add_over_queries(self, tile: Tile, h: slice, block: Problem, rows: Rows, p: Tensor, work: Workspace) -> None:
+        request, emit = self.request, self.request.emit
         factor = rows.to_weights
         if block.query_mask is not None:
             padding = ~block.query_mask[:, None, :, None]
@@ -143,13 +171,11 @@ class Collector:
             if wanted is not None:
                 self.found["query_probes"][keys] += p.mT @ (wanted * factor)
         for number, size in enumerate(request.pools):
-            self._add_pool(f"pooled {number}", size, tile, h, p, factor)
-        if (
-            self.request.pools
-            or self.request.edges
-            or (self.count_entries and (request.key_statistics or emit.visible))
-        ):
-            self._count(tile, h, block, work)
+            add_block_sums(self.found[f"pooled {number}"][tile.b, h], size, tile, p, factor)
+        if request.key_statistics and self.count_entries:
+            self._count_readers(tile, h, _counted(block))
+        if request.pools or request.edges:
+            self._count_entries(tile, h, _counted(block), work)
         if not (emit.key_square or emit.key_max or emit.head_gram or request.edges):
             return
         p.mul_(factor)
@@ -164,31 +190,22 @@ class Collector:
         if emit.key_square:
             self.found["key_square"][keys] += p.square_().sum(-2)
 
-    def _count(self, tile: Tile, h: slice, block: Problem, work: Workspace) -> None:
-        emit = self.request.emit
+    def _count_readers(self, tile: Tile, h: slice, block: Problem) -> None:
+        """Add to `key_count`: for all heads with the first of them, where all have the same mask."""
+        if all(mask is None or mask.shape[1] == 1 for mask in (self.problem.mask, self.problem.bias)):
+            if tile.n.start > 0:
+                return
+            h = slice(0, self.problem.heads)
+        counts = queries_seeing(block) if has_closed_form(block) else block.visible_float().sum(-2)
+        self.found["key_count"][tile.b, h, tile.j] += counts
+
+    def _count_entries(self, tile: Tile, h: slice, block: Problem, work: Workspace) -> None:
         counted = block.visible_float()
-        if self.request.key_statistics and self.count_entries:
-            self.found["key_count"][tile.b, h, tile.j] += counted.sum(-2)
         ones = torch.ones_like(counted[..., :1])
         for number, size in enumerate(self.request.pools):
-            self._add_pool(f"pooled_count {number}", size, tile, h, counted, ones)
+            add_block_sums(self.found[f"pooled_count {number}"][tile.b, h], size, tile, counted, ones)
         if self.request.edges:
             self._add_diagonals("distance_count", tile, h, counted, work)
-        if emit.visible and self.count_entries:
-            self.found["visible"][tile.b, h, tile.i] = _visible_number(block).squeeze(-1)
-
-    def _add_pool(self, name: str, size: int, tile: Tile, h: slice, p: Tensor, factor: Tensor) -> None:
-        """Rows first, by one small product, then the columns of what is left."""
-        if not p.shape[-1] or tile.j.start == tile.j.stop:
-            return
-        first, last = tile.i.start // size, (tile.i.stop - 1) // size
-        member = torch.arange(tile.i.start, tile.i.stop, device=p.device) // size - first
-        member = one_hot(member, last - first + 1).to(p.dtype)
-        sums = (member * factor).mT @ p
-        start, stop = tile.j.start // size, -(-tile.j.stop // size)
-        padding = (tile.j.start - start * size, stop * size - tile.j.stop)
-        sums = pad(sums, padding).unflatten(-1, (stop - start, size)).sum(-1)
-        self.found[name][tile.b, h, first : last + 1, start:stop] += sums
 
     def _add_diagonals(self, name: str, tile: Tile, h: slice, p: Tensor, work: Workspace) -> None:
         """Each row moved right by its place from the end, so that diagonals stand in columns, which are then summed."""
@@ -234,11 +251,50 @@ class Collector:
         return sums.to(profile.dtype)
 
 
+def add_block_sums(total: Tensor, size: int, tile: Tile, p: Tensor, factor: Tensor) -> None:
+    """Add a tile's entries times a factor of each row to the sums over blocks of `size`, at the tile's place.
+
+    Rows first, by one small product, then the columns of what is left.
+    """
+    if not p.shape[-1]:
+        return
+    first, last = tile.i.start // size, (tile.i.stop - 1) // size
+    member = torch.arange(tile.i.start, tile.i.stop, device=p.device) // size - first
+    member = one_hot(member, last - first + 1).to(p.dtype)
+    sums = (member * factor).mT @ p
+    start, stop = tile.j.start // size, -(-tile.j.stop // size)
+    padding = (tile.j.start - start * size, stop * size - tile.j.stop)
+    sums = pad(sums, padding).unflatten(-1, (stop - start, size)).sum(-1)
+    total[:, :, first : last + 1, start:stop] += sums
+
+
 def _grouped_product(p: Tensor, v: Tensor, group: int) -> Tensor:
     """[b, h, i, j] times [b, n, j, d] with each key head shared by `group` query heads."""
     b, h, n_q, n_k = p.shape
     flat = p.view(b * h // group, group * n_q, n_k)
     return torch.bmm(flat, v.reshape(b * h // group, n_k, v.shape[-1])).view(b, h, n_q, v.shape[-1])
+
+
+def _visible_number(blocks: list[Problem]) -> Tensor:
+    """[b or 1, h or 1, i, 1], how many keys each row sees."""
+    first, *others = (_keys_seen(_counted(block)) for block in blocks)
+    return sum(others, start=first)
+
+
+class _Top(NamedTuple):
+    values: Tensor
+    keys: Tensor
+
+
+def _top(entries: Tensor, k: int) -> _Top:
+    """The k largest of each row in falling order; of equal ones the first keys, in their order."""
+    values, keys = entries.topk(k, dim=-1)
+    if bool(((entries >= values[..., -1:]).sum(-1) > k).any()):
+        values, keys = torch.sort(entries, dim=-1, descending=True, stable=True)
+        return _Top(values[..., :k], keys[..., :k])
+    keys = keys.sort(-1).values
+    values, order = entries.gather(-1, keys).sort(dim=-1, descending=True, stable=True)
+    return _Top(values, keys.gather(-1, order))
 
 
 def _visible_logits(block: Problem) -> Tensor:
@@ -247,7 +303,13 @@ def _visible_logits(block: Problem) -> Tensor:
     return block.logits() if seen is None else block.logits().masked_fill(~seen, -math.inf)
 
 
-def _visible_number(block: Problem) -> Tensor:
+def _counted(block: Problem) -> Problem:
+    """What decides which entries count: all but a bias that hides nothing."""
+    hides = block.bias is not None and not (block.bias.numel() and bool(block.bias.amin() > -math.inf))
+    return block if hides else replace(block, bias=None)
+
+
+def _keys_seen(block: Problem) -> Tensor:
     """[b or 1, h or 1, i, 1], how many keys each row sees."""
     if has_closed_form(block):
         return keys_seen(block)[..., None]
@@ -255,3 +317,22 @@ def _visible_number(block: Problem) -> Tensor:
     if seen is None:
         return torch.full((1, 1, block.queries, 1), block.keys, dtype=block.dtype, device=block.q.device)
     return seen.expand(-1, -1, block.queries, block.keys).sum(-1, keepdim=True).to(block.dtype)
+
+
+def _to_keys(places: Tensor, tiles: list[Tile]) -> Tensor:
+    """Which keys stand at these places of the rows."""
+    keys = places + tiles[0].j.start
+    for before, part in pairwise(tiles):
+        keys = torch.where(keys < before.j.stop, keys, keys + (part.j.start - before.j.stop))
+    return keys
+
+
+def _from_keys(keys: Tensor, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
+    """Whether the rows hold these keys, and at which places."""
+    inside, places, width = torch.zeros_like(keys, dtype=torch.bool), torch.zeros_like(keys), 0
+    for part in tiles:
+        here = (keys >= part.j.start) & (keys < part.j.stop)
+        inside |= here
+        places = torch.where(here, keys - part.j.start + width, places)
+        width += part.j.stop - part.j.start
+    return inside, places

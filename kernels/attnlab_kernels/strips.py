@@ -16,8 +16,8 @@ from contextlib import contextmanager
 import torch
 
 from attnlab_kernels.problem import Problem
-from attnlab_kernels.rows import Workspace
 from attnlab_kernels.tiles import Tile
+from attnlab_kernels.workspace import Workspace
 
 WORTH_THREADS = 1 << 18
 """Scores below which more than one core costs more than it saves."""

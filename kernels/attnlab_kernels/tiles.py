@@ -7,18 +7,23 @@ is all tiles of some heads of some batch rows: no two strips write to the same p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from attnlab_kernels.problem import Problem
+from attnlab_kernels.reach import Reach, key_reach
 
 CACHE_SCORES = 1 << 20
-"""Scores in one tile. A processor core has two such buffers, 8 MB of float32, which stay near its caches."""
+"""Scores in one tile. A processor core has two such buffers, 4 MB of float32, which stay near its caches."""
 
 SHARED_PART = 4
 """Heads and batch rows share a tile up to this part of its size, so that enough strips are left for every core."""
 
 MIN_ROWS, MAX_ROWS = 16, 256
 """Rows of a tile for one head. Few starve the matrix product, many read hidden entries along the causal edge."""
+
+WORTH_A_CUT = 32
+"""Rows from which on a document has tiles of its own, and keys from which on a gap between seen keys is left out."""
 
 
 class Tile(NamedTuple):
@@ -30,17 +35,20 @@ class Tile(NamedTuple):
     j: slice
 
 
-def plan_strips(problem: Problem, all_heads: bool = False, scores: int = CACHE_SCORES) -> list[list[Tile]]:
+def plan_strips(
+    problem: Problem, all_heads: bool = False, scores: int = CACHE_SCORES, gaps: bool = False
+) -> list[list[Tile]]:
     """Strips of tiles in a fixed order that cover every row once, rows that see no key included.
 
     Args:
         problem: the whole problem.
         scores: how many entries a tile may hold.
         all_heads: keep all heads of a batch row in one tile, for statistics of pairs of heads.
+        gaps: whether the tiles will be parted by `without_gap`, so that keys in the gap take no room.
     """
     if not (problem.batch and problem.heads and problem.queries):
         return []
-    widest = max(1, min(problem.keys, _widest(problem)))
+    widest = max(1, min(problem.keys, _widest(problem, gaps)))
     a_row = widest * problem.group
     heads = problem.key_heads
     if not all_heads:
@@ -48,45 +56,73 @@ def plan_strips(problem: Problem, all_heads: bool = False, scores: int = CACHE_S
     batches = 1
     if heads == problem.key_heads:
         batches = max(1, min(problem.batch, scores // SHARED_PART // (a_row * heads * problem.queries)))
-    existing = _existing_keys(problem)
+    reach = key_reach(problem)
     strips = []
     for b in _spans(problem.batch, batches):
+        by_rows: dict[int, list[tuple[slice, slice]]] = {}
         for n in _spans(problem.key_heads, heads):
-            rows_of_one = (b.stop - b.start) * (n.stop - n.start) * problem.group
-            tiles, start = [], 0
-            while start < problem.queries:
-                stop = min(problem.queries, start + MAX_ROWS)
-                keys = _keys_seen(problem, b, slice(start, stop), existing)
-                fitting = scores // max(1, rows_of_one * (keys.stop - keys.start))
-                i = slice(start, min(stop, start + max(MIN_ROWS, fitting // MIN_ROWS * MIN_ROWS)))
-                tiles.append(Tile(b, n, i, _keys_seen(problem, b, i, existing)))
-                start = i.stop
-            strips.append(tiles)
+            rows = (b.stop - b.start) * (n.stop - n.start) * problem.group
+            if rows not in by_rows:
+                by_rows[rows] = list(_down(problem, b, scores // rows, reach, gaps))
+            strips.append([Tile(b, n, i, j) for i, j in by_rows[rows]])
     return strips
+
+
+def _down(problem: Problem, b: slice, scores: int, reach: Reach, gaps: bool) -> Iterator[tuple[slice, slice]]:
+    """Queries and keys of each tile of a strip, with so many scores for each head and batch row."""
+    start = 0
+    while start < problem.queries:
+        stop = reach.aligned(b, start, min(problem.queries, start + MAX_ROWS), WORTH_A_CUT)
+        keys = _keys_seen(problem, b, slice(start, stop), reach)
+        width = _length(keys)
+        if gaps:
+            whole = Tile(b, slice(0, 0), slice(start, stop), keys)
+            width = sum(_length(part.j) for part in without_gap(problem, whole))
+        fitting = scores // max(1, width)
+        i = slice(start, min(stop, start + max(MIN_ROWS, fitting // MIN_ROWS * MIN_ROWS)))
+        yield i, keys if i.stop == stop else _keys_seen(problem, b, i, reach)
+        start = i.stop
+
+
+def without_gap(problem: Problem, tile: Tile) -> list[Tile]:
+    """The tile, in two where its queries see the first keys and their window's and a good many between are hidden."""
+    first = _first_keys(problem, tile.b, tile.i)
+    if problem.window is None or first <= tile.j.start:
+        return [tile]
+    left = tile.i.start + problem.offset - problem.window + 1
+    if left - first < WORTH_A_CUT or left >= tile.j.stop:
+        return [tile]
+    return [tile._replace(j=slice(tile.j.start, first)), tile._replace(j=slice(left, tile.j.stop))]
+
+
+def _first_keys(problem: Problem, b: slice, i: slice) -> int:
+    """Up to which key the queries see keys outside of their window."""
+    first = problem.first_tokens
+    if problem.causal:
+        first = min(first, i.stop + problem.offset)
+    if problem.prefix is not None:
+        first = max(first, int(problem.prefix[b].max()))
+    return min(first, problem.keys)
+
+
+def _length(span: slice) -> int:
+    return int(span.stop - span.start)
 
 
 def _spans(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _widest(problem: Problem) -> int:
-    if problem.window is None or problem.first_tokens or problem.prefix is not None:
+def _widest(problem: Problem, gaps: bool) -> int:
+    if problem.window is None:
         return problem.keys
-    return problem.window * (1 if problem.causal else 2) + MAX_ROWS
+    first = _first_keys(problem, slice(0, problem.batch), slice(0, problem.queries))
+    if first > 0 and not gaps:
+        return problem.keys
+    return problem.window * (1 if problem.causal else 2) + MAX_ROWS + max(0, first)
 
 
-def _existing_keys(problem: Problem) -> list[tuple[int, int]]:
-    """For each batch row the range of keys outside which `key_mask` has none, so that padding costs nothing."""
-    if problem.key_mask is None or not problem.keys:
-        return [(0, problem.keys)] * problem.batch
-    exists = problem.key_mask.int()
-    first = exists.argmax(1).tolist()
-    last = exists.flip(1).argmax(1).tolist()
-    some = exists.any(1).tolist()
-    return [(f, problem.keys - e) if s else (0, 0) for f, e, s in zip(first, last, some, strict=True)]
-
-
-def _keys_seen(problem: Problem, b: slice, i: slice, existing: list[tuple[int, int]]) -> slice:
+def _keys_seen(problem: Problem, b: slice, i: slice, reach: Reach) -> slice:
     """The range of keys outside which the queries of a tile see nothing."""
     start, stop = 0, problem.keys
     if problem.causal:
@@ -100,7 +136,7 @@ def _keys_seen(problem: Problem, b: slice, i: slice, existing: list[tuple[int, i
                 stop = max(stop, min(problem.first_tokens, problem.keys))
     if problem.prefix is not None:
         start, stop = 0, max(stop, min(problem.keys, int(problem.prefix[b].max())))
-    start = max(start, min(first for first, _ in existing[b]))
-    stop = min(stop, max(last for _, last in existing[b]))
+    first, last = reach.of(b, i)
+    start, stop = max(start, first), min(stop, last)
     start = max(0, min(start, problem.keys))
     return slice(start, max(start, stop))

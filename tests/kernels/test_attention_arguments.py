@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
-from attnlab_kernels import Emit, RelativeBias, attention
+from attnlab_kernels import Emit, RelativeBias, UnsupportedError, attention
 
 Q = torch.randn(2, 4, 5, 8)
 K = torch.randn(2, 2, 7, 8)
@@ -62,6 +63,14 @@ def test_an_argument_that_does_not_fit_is_named(options: dict, sentence: str) ->
 def test_tensors_that_do_not_fit_are_named(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         attention(q, k, v)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="its refusal needs triton")
+def test_triton_refuses_double_precision_by_name_and_auto_does_without_it() -> None:
+    q, k, v = torch.randn(3, 1, 1, 4, 8, dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match=r"'triton' does not support float64; use backend='tiled'"):
+        attention(q, k, v, backend="triton")
+    assert attention(q, k, v).out.dtype == torch.float64
 
 
 def test_without_triton_everything_but_its_backend_works() -> None:

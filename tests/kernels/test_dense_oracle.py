@@ -7,6 +7,8 @@ import pytest
 import torch
 from attnlab_kernels import Emit, RelativeBias, attention
 
+from .strategies import DEVICE
+
 B, H, N, M, D = 2, 4, 5, 7, 3
 QUERY_MASK = torch.tensor([[True] * 5, [True, True, False, True, False]])
 
@@ -208,15 +210,15 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_a_row_that_sees_no_key(backend: str, sinks: bool) -> None:
-    q, k, v = tensors()
-    emit = Emit(
-        lse=True, entropy=True, max_probability=True, argmax=True, collision=True, top_k=2, rows=torch.arange(N)
-    )
-    logit = torch.randn(H, dtype=torch.float64) if sinks else None
-    mask = torch.ones(1, 1, N, M, dtype=torch.bool)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    q, k, v = (t.to(DEVICE, dtype) for t in tensors())
+    every = torch.arange(N, device=DEVICE)
+    emit = Emit(lse=True, entropy=True, max_probability=True, argmax=True, collision=True, top_k=2, rows=every)
+    logit = torch.randn(H, device=DEVICE, dtype=dtype) if sinks else None
+    mask = torch.ones(1, 1, N, M, dtype=torch.bool, device=DEVICE)
     mask[..., 2, :] = False
     q.requires_grad_()
     out, found = attention(q, k, v, mask=mask, sinks=logit, emit=emit, backend=backend)
@@ -227,7 +229,7 @@ def test_a_row_that_sees_no_key(backend: str, sinks: bool) -> None:
     assert not found.max_probability[:, :, 2].any()
     assert (found.argmax[:, :, 2] == -1).all()
     assert (found.top_k_keys[:, :, 2] == -1).all()
-    expected = torch.full((B, H), -math.inf).double() if logit is None else logit.expand(B, H)
+    expected = torch.full((B, H), -math.inf, device=DEVICE, dtype=dtype) if logit is None else logit.expand(B, H)
     torch.testing.assert_close(found.lse[:, :, 2], expected)
     if sinks:
         assert (found.learned_sink_mass[:, :, 2] == 1).all()

@@ -4,6 +4,9 @@ import pytest
 import torch
 from attnlab_kernels import Emit, attention
 
+from .strategies import DEVICE
+
+BACKENDS = pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
 B, N, M = 2, 9, 12
 PREFIX = torch.tensor([0, 5])
 QUERY_IDS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]] * B)
@@ -41,29 +44,36 @@ def visible(b: int, i: int, j: int, options: dict) -> bool:
     return bool(inside and ("key_mask" not in options or options["key_mask"][b, j]))
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+def on_device(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(on_device(one) for one in value)
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+@BACKENDS
 @pytest.mark.parametrize("name", CASES)
 def test_a_mask_shows_what_its_definition_says(name: str, backend: str) -> None:
     options = CASES[name]
     torch.manual_seed(0)
-    q, k, v = torch.randn(B, 2, N, 4), torch.randn(B, 1, M, 4), torch.randn(B, 1, M, 4)
+    q, k, v = (torch.randn(*shape, device=DEVICE) for shape in ((B, 2, N, 4), (B, 1, M, 4), (B, 1, M, 4)))
     seen = torch.tensor([[[visible(b, i, j, options) for j in range(M)] for i in range(N)] for b in range(B)])
-    emit = Emit(rows=torch.arange(N), visible=True, key_sum=True, lse=True)
+    seen, options = seen.to(DEVICE), {key: on_device(value) for key, value in options.items()}
+    emit = Emit(rows=torch.arange(N, device=DEVICE), visible=True, key_sum=True, lse=True)
     out, found = attention(q, k, v, emit=emit, backend=backend, **options)
     expected = attention(q, k, v, mask=seen[:, None], query_mask=options.get("query_mask"), emit=emit, backend="dense")
     torch.testing.assert_close(out, expected.out)
     torch.testing.assert_close(found.lse, expected.emitted.lse)
     assert torch.equal(found.rows > 0, seen[:, None].expand(-1, 2, -1, -1))
     assert torch.equal(found.visible, seen[:, None].expand(-1, 2, -1, -1).sum(-1).float())
-    counted = seen & options.get("query_mask", torch.ones(B, N, dtype=torch.bool))[..., None]
+    counted = seen & options.get("query_mask", torch.ones(B, N, dtype=torch.bool, device=DEVICE))[..., None]
     assert torch.equal(found.key_count, counted[:, None].expand(-1, 2, -1, -1).sum(-2).float())
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@BACKENDS
 def test_a_bias_of_minus_infinity_hides(backend: str) -> None:
-    q, k, v = torch.randn(3, B, 2, N, 4)
-    mask = torch.rand(B, 1, N, N) < 0.5
-    bias = torch.zeros(B, 1, N, N).masked_fill(~mask, -torch.inf)
+    q, k, v = torch.randn(3, B, 2, N, 4, device=DEVICE)
+    mask = torch.rand(B, 1, N, N, device=DEVICE) < 0.5
+    bias = torch.zeros(B, 1, N, N, device=DEVICE).masked_fill(~mask, -torch.inf)
     emit = Emit(visible=True, entropy=True, key_sum=True)
     out, found = attention(q, k, v, bias=bias, emit=emit, backend=backend)
     expected = attention(q, k, v, mask=mask, emit=emit, backend="dense")

@@ -1,0 +1,108 @@
+"""What a tile hides, as numbers to add: 0 where a query sees a key, -inf where not (backend `tiled`).
+
+Filling by a boolean mask takes torch up to 5 ns an entry on a processor, more than a whole softmax; an addition takes
+0.2. Positions hide only the edges of a tile, and always alike, so those numbers are kept from tile to tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnlab_kernels.problem import Problem
+from attnlab_kernels.workspace import Workspace
+
+
+def without_idle_masks(block: Problem) -> Problem:
+    """A block without the masks that hide nothing in it."""
+    key_mask, mask, queries, keys = block.key_mask, block.mask, block.query_segments, block.key_segments
+    if key_mask is not None and bool(key_mask.all()):
+        block = replace(block, key_mask=None)
+    if mask is not None and bool(mask.all()):
+        block = replace(block, mask=None)
+    if queries is not None and keys is not None and queries.numel() and keys.numel():
+        one = queries[:, :1]
+        if bool((queries == one).all()) and bool((keys == one).all()):
+            block = replace(block, query_segments=None, key_segments=None)
+    return block
+
+
+def hidden_parts(block: Problem, work: Workspace) -> Iterator[tuple[slice, Tensor]]:
+    """Ranges of a block's keys in which entries are hidden, with what is to be added there.
+
+    One buffer serves the whole tile, so each has to be added before the next is asked for. A bias hides by itself.
+    """
+    yield from _hidden_by_position(block, work)
+    every = slice(0, block.keys)
+    if block.key_mask is not None:
+        yield every, additive(block.key_mask, block.dtype)[:, None, None]
+    if block.query_segments is not None and block.key_segments is not None:
+        seen = block.query_segments[:, None, :, None] == block.key_segments[:, None, None]
+        yield every, additive(seen, block.dtype, work)
+    if block.mask is not None:
+        yield every, additive(block.mask, block.dtype, work)
+
+
+def additive(visible: Tensor, dtype: torch.dtype, work: Workspace | None = None) -> Tensor:
+    """0 where True, -inf where False: the bits of -inf are those of minus one, moved past the mantissa.
+
+    Example:
+        >>> additive(torch.tensor([True, False]), torch.float32).tolist()
+        [0.0, -inf]
+    """
+    whole, mantissa = (torch.int64, 52) if dtype == torch.float64 else (torch.int32, 23)
+    minus_one = visible.view(torch.int8) - 1
+    unit = torch.full((1,), 1 << mantissa, dtype=whole, device=visible.device)
+    into = None if work is None else work.take("hidden", *visible.shape).view(whole)
+    return torch.mul(minus_one, unit, out=into).view(dtype)
+
+
+def _hidden_by_position(block: Problem, work: Workspace) -> Iterator[tuple[slice, Tensor]]:
+    """Causality and window leave a middle in which every entry is visible, prefix and first tokens a head."""
+    n_k = block.keys
+    if not n_k or not block.queries or block.positions_all_visible():
+        return
+    left, right, first = 0, n_k, 0
+    if block.causal:
+        right = _within(block.offset + 1, n_k)
+    if block.window is not None:
+        left = _within(block.queries + block.offset - block.window, n_k)
+        right = min(right, _within(block.offset + block.window, n_k))
+        first = min(block.first_tokens, right if block.causal else n_k)
+    if block.prefix is not None and block.batch:
+        first = max(first, int(block.prefix.min()))
+    first = _within(first, n_k)
+    middle = slice(left, max(left, right))
+    if middle.start == middle.stop or first >= middle.stop:
+        parts = [slice(first, n_k)]
+    elif first >= middle.start:
+        parts = [slice(middle.stop, n_k)]
+    else:
+        parts = [slice(first, middle.start), slice(middle.stop, n_k)]
+    for part in parts:
+        if part.start < part.stop:
+            hidden = _hidden_in(block, part, work)
+            if hidden is not None:
+                yield part, hidden
+
+
+def _hidden_in(block: Problem, part: slice, work: Workspace) -> Tensor | None:
+    piece = replace(
+        block.cut(slice(0, block.batch), slice(0, block.key_heads), slice(0, block.queries), part),
+        query_segments=None, key_segments=None, key_mask=None, mask=None, bias=None,
+    )  # fmt: skip
+    first = _within(piece.first_tokens, piece.keys)
+    prefix = None if piece.prefix is None else tuple(_within(p, piece.keys) for p in piece.prefix.tolist())
+
+    def make() -> Tensor | None:
+        visible = piece.visible()
+        return None if visible is None else additive(visible, block.dtype)
+
+    return work.keep((piece.offset, piece.queries, piece.keys, first, prefix), make)
+
+
+def _within(place: int, length: int) -> int:
+    return max(0, min(place, length))
