@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CLEAN := build/clean
 
-.PHONY: help demo test lint bench notebooks install install-dev clean
+.PHONY: help demo test lint bench bench-gpu notebooks install install-dev clean
 
 help:
 	@echo "make demo       set up, analyse the shipped model, say where the report is"
 	@echo "make test       set up and run the tests"
 	@echo "make lint       formatting, rules, layers, types, and the wheel in a clean environment"
-	@echo "make bench      time and memory on this CPU beside PyTorch's own attention"
+	@echo "make bench      time and memory on this CPU beside PyTorch's own attention, on every mask"
+	@echo "make bench-gpu  time on this GPU beside PyTorch's own kernels; make bench-gpu BENCH_GPU=--quick for minutes"
 	@echo "make clean      remove the environment and everything built"
 
 $(BIN)/python:
@@ -52,6 +53,9 @@ bench: install
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/forward_cpu.py
 	$(BIN)/python benchmarks/length_cpu.py
+
+bench-gpu: install
+	$(BIN)/python benchmarks/attention_gpu.py --out benchmarks/results $(BENCH_GPU)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from attnlab_kernels import Emit
+from timing import medians, table, wall_seconds
 from transformers import GPT2Config, GPT2Model
 
 from attnlab.capture import capture
@@ -92,22 +91,21 @@ def main() -> None:
             for name, run in VARIANTS.items():
                 if name == "eager" and repeat > 1:  # the slow peer: one warm-up, one timed run
                     continue
-                start = time.perf_counter()
-                run(model, ids)
+                taken = wall_seconds(lambda run=run: run(model, ids))
                 if repeat:
-                    times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+                    times[name].append(taken)
+    middle = medians(times)
     print(
         f"\nGPT-2 layout, {arguments.layers} layers, {arguments.tokens} tokens, float32, {arguments.threads} threads, "
     )
     print(f"torch {torch.__version__}; medians of {arguments.repeats} interleaved runs (eager: 1)\n")
-    print("| forward | seconds | ratio to sdpa | memory above the model, MB |")
-    print("|---|---|---|---|")
-    for name, median in medians.items():
+    rows = []
+    for name, seconds in middle.items():
         command = [sys.executable, __file__, "--only", name]
         command += ["--tokens", str(arguments.tokens), "--layers", str(arguments.layers)]
         memory = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
-        print(f"| {name} | {median:.2f} | {median / medians['sdpa']:.2f} | {memory} |")
+        rows.append((name, f"{seconds:.2f}", f"{seconds / middle['sdpa']:.2f}", memory))
+    print(*table(("forward", "seconds", "ratio to sdpa", "memory above the model, MB"), rows), sep="\n")
 
 
 if __name__ == "__main__":
