@@ -28,6 +28,8 @@ SHORT = 512
 ROWS = {"lse": True, "entropy": True, "max_probability": True}
 EMITTED: dict[str, dict[str, Any]] = {
     "off": {},
+    "entropy": {"entropy": True, "lse": True},
+    "entropy, collision": {"entropy": True, "lse": True, "collision": True},
     "rows": ROWS,
     "collision": ROWS | {"collision": True},
     "argmax": ROWS | {"argmax": True},
@@ -60,6 +62,7 @@ def problem_of(case: Case, length: int = LENGTH) -> Problem:
         "full": {"causal": False},
         "window": {"window": 512, "first_tokens": 4},
         "key mask": {"key_mask": empty(BATCH, length, dtype=torch.bool)},
+        "mask by head": {"mask": empty(BATCH, HEADS, length, length, dtype=torch.bool)},
         "bias": {"bias": empty(1, HEADS, length, length, dtype=dtype)},
         "alibi": {"alibi": empty(HEADS)},
         "softcap": {"softcap": 30.0},
@@ -148,8 +151,8 @@ LAUNCH: dict[str, Callable[[Case], None]] = {
 
 def _all_cases() -> list[Case]:
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    found = [Case("forward", emitted, "sm_90", "bf16", d) for d in (64, 128) for emitted in list(EMITTED)[:6]]
-    for option in ("full", "window", "key mask", "bias", "alibi", "softcap", "sigmoid", "sinks"):
+    found = [Case("forward", emitted, "sm_90", "bf16", d) for d in (64, 128) for emitted in list(EMITTED)[:8]]
+    for option in ("full", "window", "key mask", "mask by head", "bias", "alibi", "softcap", "sigmoid", "sinks"):
         found.append(Case("forward", "all", "sm_90", "bf16", 128, option))
     found += [Case("forward", "all", "sm_90", "fp16", d) for d in (16, 96, 256)]
     found.append(Case("forward", "64 probes", "sm_90", "bf16", 128))

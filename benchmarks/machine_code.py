@@ -53,6 +53,8 @@ class Compiled(NamedTuple):
     Attributes:
         tile: its constexpr sizes, as "128 x 64".
         spilled: bytes of local memory a thread; on AMD vector registers that spill.
+        rounded: differences of pivots that are subtractions, in a forward for NVIDIA. Contracted with the product
+            that a pivot is, they would rescale every sum by its rounding error, which no interpreter shows.
         float32: instructions of the loop over tiles without hidden entries, for each score; None without such a loop.
     """
 
@@ -65,6 +67,7 @@ class Compiled(NamedTuple):
     shared: int
     wgmma: int
     tcgen05: int
+    rounded: int
     float32: float | None
 
 
@@ -90,12 +93,14 @@ def compile_for(target: str, launch: Callable[[], object]) -> list[Compiled]:
 
 def _read(name: str, compiled: Any, options: dict[str, Any]) -> Compiled:
     sizes = [options[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK") if key in options]
-    warps, score_loop = compiled.metadata.num_warps, None
+    warps, score_loop, rounded = compiled.metadata.num_warps, None, 0
     if "cubin" in compiled.asm:
         usage = _dump(compiled.asm["cubin"], "-res-usage")
         registers, local, stack = (int(_first(rf"{key}:(\d+)", usage)) for key in ("REG", "LOCAL", "STACK"))
         spilled, code = max(local, stack), compiled.asm["ptx"]
         if name == "forward_kernel":
+            bounded = re.findall(r"max\.f32\s+%\w+, (%\w+), 0fC3800000", code)
+            rounded = sum(re.search(rf"sub\.f32\s+{register},", code) is not None for register in set(bounded))
             score_loop = _float32_of_a_score(_dump(compiled.asm["cubin"], "-sass"), sizes[0] * sizes[1] / (32 * warps))
     else:
         code = compiled.asm["amdgcn"]
@@ -110,6 +115,7 @@ def _read(name: str, compiled: Any, options: dict[str, Any]) -> Compiled:
         shared=compiled.metadata.shared,
         wgmma=code.count("wgmma.mma_async"),
         tcgen05=code.count("tcgen05.mma"),
+        rounded=rounded,
         float32=score_loop,
     )
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from attnlab_kernels.backends import choose_backend
 from attnlab_kernels.emit import Emit, Emitted
 from attnlab_kernels.gradients import DIFFERENTIABLE, ResultGradients
-from attnlab_kernels.precision import without_autocast
+from attnlab_kernels.precision import on_device_of, without_autocast
 from attnlab_kernels.problem import Problem, RelativeBias
 from attnlab_kernels.request import Request, check_indices
+from attnlab_kernels.resolve import values_can_be_read
 from attnlab_kernels.tiled import tiled_attention
 from attnlab_kernels.tiled_gradients import tiled_gradients
 from attnlab_kernels.tiles import CACHE_SCORES
@@ -178,10 +179,11 @@ def _read(arguments: Sequence[Any]) -> tuple[Problem, Request, str, int, bool]:
 
 def _attention(*arguments: Any) -> list[Tensor]:
     problem, request, backend, scores, keep_rows = _read(arguments)
-    if not request.checked:
+    # Values cannot be read while a CUDA graph is captured; the kernels read no key or query that is out of range.
+    if not request.checked and values_can_be_read(problem.q):
         check_indices(request, problem)
     rows: tuple[Tensor, ...] = ()
-    with torch.no_grad(), without_autocast(problem.q):
+    with torch.no_grad(), without_autocast(problem.q), on_device_of(problem.q):
         if backend == "triton":
             from attnlab_kernels.gpu.backend import triton_attention
 
@@ -214,7 +216,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
     problem = _problem(arguments[:_PROBLEM_ARGUMENTS])
     names, backend, scores = arguments[_PROBLEM_ARGUMENTS:]
     needed = names.split(",")
-    with torch.no_grad(), without_autocast(problem.q):
+    with torch.no_grad(), without_autocast(problem.q), on_device_of(problem.q):
         if backend == "triton":
             from attnlab_kernels.gpu.launch_backward import Kept, run_backward
             from attnlab_kernels.gpu.launch_forward import Rows

@@ -1,4 +1,4 @@
-"""Keeps autocast out: statistics are computed in the precision that the problem states, whatever surrounds the call."""
+"""Keeps out what surrounds a call: autocast, which would change the precision, and another current device."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """A block whose current device is this tensor's: triton launches on the current one, wherever the tensors lie."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

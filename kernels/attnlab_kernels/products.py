@@ -11,7 +11,7 @@ from torch import Tensor
 from attnlab_kernels.backends import choose_backend
 from attnlab_kernels.dense_products import dense_products
 from attnlab_kernels.options import Options
-from attnlab_kernels.precision import without_autocast
+from attnlab_kernels.precision import on_device_of, without_autocast
 from attnlab_kernels.product_request import Function, GradientProducts, resolve_products
 from attnlab_kernels.resolve import resolve_problem
 from attnlab_kernels.tiled_products import tiled_products
@@ -71,7 +71,7 @@ def gradient_products(
     problem = resolve_problem(q, k, v, **options)
     request = resolve_products(problem, grad_out, function, pool, right, left)
     chosen = choose_backend(backend, problem)
-    with torch.no_grad(), without_autocast(q):
+    with torch.no_grad(), without_autocast(q), on_device_of(q):
         if chosen == "dense":
             return dense_products(problem, grad_out, request)
         if chosen == "tiled":

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from attnlab_kernels.problem import Problem, RelativeBias
 
 MAX_HEAD_DIM = 256
+LONGEST_WINDOW = 2**30
+FARTHEST_OFFSET = 2**30
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,6 +49,11 @@ def resolve_problem(
     n_k = k.shape[2]
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; expected at least 1, or None for no window.")
+    if isinstance(query_offset, int) and abs(query_offset) > FARTHEST_OFFSET:
+        raise ValueError(f"query_offset is {query_offset}; expected at most {FARTHEST_OFFSET} either way.")
+    if window is not None and window > LONGEST_WINDOW:
+        # Some give the largest integer there is for none; positions beside it would overflow.
+        window = LONGEST_WINDOW
     if first_tokens < 0:
         raise ValueError(f"first_tokens is {first_tokens}; expected 0 or more.")
     if softcap is not None and not softcap > 0:
@@ -146,7 +153,8 @@ def _segments(
         if n_q != n_k:
             raise ValueError(f"segments is one tensor for {n_q} queries and {n_k} keys; expected a pair of tensors.")
         segments = (segments, segments)
-    queries, keys = segments
+    # Booleans mark two documents as well as numbers do.
+    queries, keys = (ids.long() if ids.dtype == torch.bool else ids for ids in segments)
     _check_shape("segments of queries", queries, (b, n_q))
     _check_shape("segments of keys", keys, (b, n_k))
     return queries, keys

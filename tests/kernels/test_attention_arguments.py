@@ -100,3 +100,17 @@ new = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdli
 assert new <= {"attnlab_kernels", "torch"}, new
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_offset_beyond_what_positions_can_hold_is_refused() -> None:
+    q, k, v = torch.randn(3, 1, 1, 3, 8)
+    with pytest.raises(ValueError, match="query_offset is 2147483643; expected at most 1073741824"):
+        attention(q, k, v, causal=True, query_offset=2**31 - 5)
+
+
+def test_booleans_mark_two_documents() -> None:
+    q, k, v = torch.randn(3, 1, 1, 4, 8)
+    marks = torch.tensor([[True, False, True, False]])
+    for backend in ("dense", "tiled"):
+        out = attention(q, k, v, segments=marks, backend=backend).out
+        torch.testing.assert_close(out, attention(q, k, v, segments=marks.int(), backend="dense").out)

@@ -82,7 +82,7 @@ def diagonals_kernel(
     p_k = head_of(x.k, i_b, i_h // x.group)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     seen = tl.zeros([BLOCK, BLOCK], tl.int32)
-    listed = (i_b * schedule.heads + (i_h if schedule.heads > 1 else 0)).to(tl.int64) * schedule.rows + i_g
+    listed = (i_b * schedule.heads + i_h % schedule.heads).to(tl.int64) * schedule.rows + i_g
     full = tl.load(schedule.full + listed)
     every = tl.load(schedule.all + listed)
     tiles = schedule.tiles + listed * schedule.columns

@@ -6,7 +6,7 @@ by d, with r = e^d: U <- r (U + d Z), Z <- r Z, W <- r^2 W. Tiles without hidden
 where each statistic contracts to one multiply-add a score.
 
 With few queries the keys are split over programs, and a second kernel merges their sums by the same rule
-(Flash-Decoding). `m` is in units of the logits, its pivot m c is rounded once and carried along: recomputed, it could
+(Flash-Decoding). `m` is in units of the logits, its pivot m c is rounded once and carried along: recomputed, it would
 contract with the subtraction into something else. U is kept in powers of two.
 """
 
@@ -80,7 +80,9 @@ def _visit(
         better = (top > m) | ((top == m) & (top != -float("inf")) & (here < best))
         best = tl.where(better, here, best)
     m = tl.maximum(m, top)
-    new_pivot = m * x.c
+    # The larger of two rounded products, which is m c rounded. Written as m * c it contracts with the subtraction below
+    # (PTX: fma.rn(-c, m, pivot)), and every tile that moves nothing would rescale by the rounding error.
+    new_pivot = tl.maximum(pivot, top * x.c)
     safe = tl.where(new_pivot == -float("inf"), 0.0, new_pivot) if GUARDED else new_pivot
     # 2^-256 is 0 in float32: the bound changes nothing but -inf, which times a z of 0 would be NaN.
     moved = tl.maximum(pivot - safe, -256.0)

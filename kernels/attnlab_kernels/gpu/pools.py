@@ -143,13 +143,19 @@ def _gather_blocks(parts: Tensor, dim: int, length: int, part: int, size: int, p
     """Sum the pieces of each block along a dimension, in order."""
     if part == size:
         return parts
-    blocks = -(-length // size)
-    o = torch.arange(parts.shape[dim])
-    block_of = (o // pieces * part + o % pieces * (part - 1)) // size
-    first, stop = (torch.searchsorted(block_of, torch.arange(blocks) + more) for more in (0, 1))
-    place = first[:, None] + torch.arange(int((stop - first).max()) if blocks else 0)
-    inside = (place < stop[:, None]).to(parts.device)
-    taken = parts.index_select(dim, place.clamp(max=len(o) - 1).flatten().to(parts.device))
-    taken = taken.unflatten(dim, place.shape)
+    blocks, pieces_there, device = -(-length // size), parts.shape[dim], parts.device
+
+    def bounds(device: torch.device | str) -> tuple[Tensor, Tensor]:
+        o = torch.arange(pieces_there, device=device)
+        block_of = (o // pieces * part + o % pieces * (part - 1)) // size
+        first, stop = (torch.searchsorted(block_of, torch.arange(blocks, device=device) + more) for more in (0, 1))
+        return first, stop
+
+    # How many there are at most is found on the CPU as well: a look at the device, or a copy to it, would wait for it.
+    most = torch.stack(bounds("cpu")).diff(dim=0).max() if blocks else 0
+    first, stop = bounds(device)
+    place = first[:, None] + torch.arange(int(most), device=device)
+    inside = place < stop[:, None]
+    taken = parts.index_select(dim, place.clamp(max=pieces_there - 1).flatten()).unflatten(dim, place.shape)
     inside = inside.view(*inside.shape, *(1,) * (parts.dim() - 1 - dim))
     return torch.where(inside, taken, 0).sum(dim + 1, dtype=torch.float64)

@@ -17,7 +17,7 @@ import triton.language as tl
 def plan_keys(x, schedule, i_b, i_h, i_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The plan of tile `i_m` of queries over tiles of keys: what `key_tile` needs, `full` and `all` first."""
     if schedule is not None:
-        row = (i_b * schedule.heads + (i_h if schedule.heads > 1 else 0)).to(tl.int64) * schedule.rows + i_m
+        row = (i_b * schedule.heads + i_h % schedule.heads).to(tl.int64) * schedule.rows + i_m
         full = tl.load(schedule.full + row)
         every = tl.load(schedule.all + row)
         return full, every, 0, 0, 0, 0, 0
@@ -61,7 +61,7 @@ def plan_keys(x, schedule, i_b, i_h, i_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 def key_tile(t, schedule, i_b, i_h, i_m, full, head_full, head, left, clear_left, clear_right, FULL: tl.constexpr):
     """The tile of keys that stands at place `t` of a plan; `FULL` says on which side of `full` that is."""
     if schedule is not None:
-        row = (i_b * schedule.heads + (i_h if schedule.heads > 1 else 0)).to(tl.int64) * schedule.rows + i_m
+        row = (i_b * schedule.heads + i_h % schedule.heads).to(tl.int64) * schedule.rows + i_m
         return tl.load(schedule.tiles + row * schedule.columns + t)
     if FULL:
         return tl.where(t < head_full, t, clear_left + t - head_full)
@@ -78,7 +78,7 @@ def plan_queries(x, schedule, i_b, i_h, i_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     A tile with keys or queries beyond the last one is not full, so that sums over a full tile need no mask.
     """
     if schedule is not None:
-        row = (i_b * schedule.heads + (i_h if schedule.heads > 1 else 0)).to(tl.int64) * schedule.rows + i_n
+        row = (i_b * schedule.heads + i_h % schedule.heads).to(tl.int64) * schedule.rows + i_n
         full = tl.load(schedule.full + row)
         every = tl.load(schedule.all + row)
         return full, every, 0, 0
@@ -117,7 +117,7 @@ def plan_queries(x, schedule, i_b, i_h, i_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 def query_tile(t, schedule, i_b, i_h, i_n, full, low, clear_low, FULL: tl.constexpr):
     """The tile of queries that stands at place `t` of a plan; `FULL` says on which side of `full` that is."""
     if schedule is not None:
-        row = (i_b * schedule.heads + (i_h if schedule.heads > 1 else 0)).to(tl.int64) * schedule.rows + i_n
+        row = (i_b * schedule.heads + i_h % schedule.heads).to(tl.int64) * schedule.rows + i_n
         return tl.load(schedule.tiles + row * schedule.columns + t)
     if FULL:
         return clear_low + t
