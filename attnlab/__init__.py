@@ -26,6 +26,17 @@ if TYPE_CHECKING:
     from attnlab.errors import DataError as DataError
     from attnlab.errors import RunFolderError as RunFolderError
     from attnlab.errors import UnsupportedModelError as UnsupportedModelError
+    from attnlab.interventions import Ablate as Ablate
+    from attnlab.interventions import KnockOut as KnockOut
+    from attnlab.interventions import Patch as Patch
+    from attnlab.interventions import ProjectSubspace as ProjectSubspace
+    from attnlab.interventions import RedistributeSinks as RedistributeSinks
+    from attnlab.interventions import Replace as Replace
+    from attnlab.interventions import Scale as Scale
+    from attnlab.interventions import Streaming as Streaming
+    from attnlab.interventions import Temperature as Temperature
+    from attnlab.interventions import TowardsIdentity as TowardsIdentity
+    from attnlab.interventions import mean_outputs as mean_outputs
     from attnlab.models import Model as Model
     from attnlab.models import load_model as load_model
     from attnlab.models import shipped_models as shipped_models
@@ -44,12 +55,16 @@ _HOMES = {
     "attnlab_kernels": ("Emit", "Emitted", "attention"),
     "attnlab.capture.call": ("Call", "Head", "Site"),
     "attnlab.errors": ("AttnlabError", "AttnlabWarning", "DataError", "RunFolderError", "UnsupportedModelError"),
+    "attnlab.interventions": (
+        "Ablate", "KnockOut", "Patch", "ProjectSubspace", "RedistributeSinks", "Replace", "Scale", "Streaming",
+        "Temperature", "TowardsIdentity", "mean_outputs",
+    ),
     "attnlab.models": ("Model", "load_model", "shipped_models"),
     "attnlab.results.result": ("NamedArray", "Result"),
     "attnlab.runs.analysis": ("Analysis", "Batch", "Layout", "Needs"),
     "attnlab.runs.job": ("analyze",),
     "attnlab.runs.run": ("Run", "load_run"),
-}
+}  # fmt: skip
 _DOORS = ("capture", "view")
 """Packages that are called themselves, see `attnlab.door`."""
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -62,7 +77,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("attnlab")
-    if name in _DOORS:
+    if name in _DOORS or name == "interventions":
         return importlib.import_module(f"attnlab.{name}")
     home = _HOME_OF.get(name)
     if home is None:

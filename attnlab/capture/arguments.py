@@ -49,10 +49,12 @@ class Arguments:
     causal: bool = False
     query_offset: int = 0
     window: int | None = None
+    first_tokens: int = 0
     segments: tuple[Tensor, Tensor] | None = None
     key_mask: Tensor | None = None
     mask: Tensor | None = None
     bias: Tensor | None = None
+    alibi: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     padding: Tensor | None = None
@@ -66,10 +68,12 @@ class Arguments:
             "causal",
             "query_offset",
             "window",
+            "first_tokens",
             "segments",
             "key_mask",
             "mask",
             "bias",
+            "alibi",
             "softcap",
             "sinks",
         )
@@ -125,7 +129,7 @@ def read_arguments(
         raise UnsupportedModelError(
             f"{type(module).__name__} passes an attention mask of shape {tuple(mask.shape)}; expected four dimensions."
         )
-    return _with_whole_mask(found, mask)
+    return with_whole_mask(found, mask)
 
 
 def _sinks(module: nn.Module, s_aux: Tensor | None, q: Tensor) -> Tensor | None:
@@ -165,7 +169,7 @@ def _cut_unseen(found: Arguments) -> Arguments:
     )  # fmt: skip
 
 
-def _with_whole_mask(found: Arguments, mask: Tensor) -> Arguments:
+def with_whole_mask(found: Arguments, mask: Tensor) -> Arguments:
     """A 4-D mask that arrived as a tensor: boolean, or added to the scores."""
     n_queries, n_keys = found.q.shape[2], found.k.shape[2]
     found = replace(found, query_offset=n_keys - n_queries)

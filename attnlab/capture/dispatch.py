@@ -3,13 +3,15 @@
 Both are registered as "attnlab" when the first capture begins, never at import. A model is sent here by the
 `_attn_implementation` of its configurations, which are put back when the last capture over them ends. Configurations
 can be shared with a model that nobody captures, so a call from an unknown module goes to the implementation that was
-there before.
+there before. A call belongs to the captures that its own thread opened; in a thread that opened none (autograd's, a
+worker's) to all that are open.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 
 from attnlab.capture.arguments import read_arguments
 from attnlab.capture.masks import LazyMask, mask_for
+from attnlab.errors import AttnlabError
 
 if TYPE_CHECKING:
-    from attnlab.capture.session import Session
+    from attnlab.capture.huggingface import HuggingFaceSession
 
 NAME = "attnlab"
 
@@ -31,11 +34,12 @@ class _Switched:
 
     config: Any
     original: str | None
-    captures: int = 0
+    captures: set[int] = field(default_factory=set)
 
 
+_lock = threading.RLock()
 _switched: dict[int, _Switched] = {}
-_sessions: list[Session] = []
+_sessions: list[HuggingFaceSession] = []
 
 
 def register() -> None:
@@ -46,31 +50,46 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attnlab_mask)
 
 
-def open_session(session: Session) -> None:
+def open_session(session: HuggingFaceSession) -> None:
     """Send the model's attention here."""
-    register()
-    _sessions.append(session)
-    for config in _configs(session.model):
-        entry = _switched.setdefault(id(config), _Switched(config, config._attn_implementation_internal))
-        entry.captures += 1
-        session.switched.append(config)
-        config._attn_implementation_internal = NAME
+    with _lock:
+        register()
+        _sessions.append(session)
+        for config in configurations(session.model):
+            # Noted first, so that an interrupt between any two of these lines leaves nothing that is not undone.
+            session.switched.append(config)
+            entry = _switched.setdefault(id(config), _Switched(config, config._attn_implementation_internal))
+            entry.captures.add(id(session))
+            config._attn_implementation_internal = NAME
 
 
-def close_session(session: Session) -> None:
+def close_session(session: HuggingFaceSession) -> None:
     """Give the model its own attention back, unless another capture of it is still open."""
-    if session in _sessions:
-        _sessions.remove(session)
-    while session.switched:
-        config = session.switched.pop()
-        entry = _switched[id(config)]
-        entry.captures -= 1
-        if entry.captures <= 0:
-            config._attn_implementation_internal = entry.original
-            del _switched[id(config)]
+    with _lock:
+        if session in _sessions:
+            _sessions.remove(session)
+        while session.switched:
+            config = session.switched[-1]
+            entry = _switched.get(id(config))
+            if entry is not None:
+                entry.captures.discard(id(session))
+                if not entry.captures:
+                    config._attn_implementation_internal = entry.original
+                    del _switched[id(config)]
+            session.switched.pop()
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def listens(session: HuggingFaceSession) -> bool:
+    """Whether a forward that runs in the current thread belongs to a session."""
+    thread = threading.get_ident()
+    if session.thread == thread:
+        return True
+    with _lock:
+        mine = [other for other in _sessions if other.thread == thread]
+    return not any(other.owns(session.model) or session.owns(other.model) for other in mine)
+
+
+def configurations(model: nn.Module) -> list[Any]:
     """Every configuration that a part of the model may read its attention implementation from."""
     from transformers import PretrainedConfig
 
@@ -87,8 +106,18 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def original_implementation(config: Any) -> str:
-    """The implementation that a configuration names when no capture is on."""
-    entry = _switched.get(id(config))
+    """The implementation that a configuration names when no capture is on.
+
+    Raises:
+        AttnlabError: it is a copy that was made of a model while that was captured, and names none.
+    """
+    with _lock:
+        entry = _switched.get(id(config))
+    if entry is None and config._attn_implementation_internal == NAME:
+        raise AttnlabError(
+            "This model was copied from another while that was being captured; copy it outside of the capture, or call "
+            "model.set_attn_implementation('sdpa') or another of its implementations."
+        )
     return (entry.original if entry else config._attn_implementation_internal) or "eager"
 
 
@@ -102,14 +131,19 @@ def attnlab_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, None]:
     """What a captured model calls for attention: [B, Nq, Hq, Dv] and no weights, as `sdpa` returns it."""
-    sessions = [session for session in _sessions if session.owns(module)]
-    out: Tensor | None = None
-    for session in reversed(sessions):
-        mine = session.attend(module, query, key, value, attention_mask, keywords)
-        out = mine if out is None else out
-    if out is None:
-        out = own_attention(module, query, key, value, attention_mask, keywords)
-    return out, None
+    with _lock:
+        sessions = [session for session in _sessions if session.owns(module)]
+    sessions = [session for session in sessions if listens(session)]
+
+    def own() -> Tensor:
+        return own_attention(module, query, key, value, attention_mask, keywords).transpose(1, 2)
+
+    problems = [session.read(module, query, key, value, attention_mask, keywords) for session in sessions]
+    edits = [bound for session, (site, _) in zip(sessions, problems, strict=True) for bound in session.bind(site)]
+    z: Tensor | None = None
+    for session, (site, arguments) in zip(sessions, problems, strict=True):
+        z = session.compute(site, arguments, own, edits)
+    return (own() if z is None else z).transpose(1, 2).contiguous(), None
 
 
 def own_attention(

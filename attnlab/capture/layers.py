@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,15 @@ class _Running:
     dispatched: bool = False
 
 
+class _Progress(threading.local):
+    """How far the forward of a thread has come; forwards in several threads do not see each other's."""
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+        self.running: list[_Running] = []
+        self.occurrences: Counter[int] = Counter()
+
+
 class Watcher:
     """Follows the forwards of one model; numbers its attention layers as they first call, by kind.
 
@@ -72,11 +82,30 @@ class Watcher:
         self.forwards = 0
         self.silent: dict[str, str] = {}
         """Attention modules that ran without calling the attention function: class name by path."""
-        self._frames: list[_Frame] = []
-        self._running: list[_Running] = []
-        self._occurrences: Counter[int] = Counter()
+        self.listens: Callable[[], bool] = lambda: True
+        """Whether a forward that runs in the current thread is followed."""
+        self._lock = threading.Lock()
+        self._progress = _Progress()
         self._handles: list[RemovableHandle] = []
         self._encoder, self._text_config = _parts(model)
+
+    @property
+    def _frames(self) -> list[_Frame]:
+        return self._progress.frames
+
+    @property
+    def _running(self) -> list[_Running]:
+        return self._progress.running
+
+    @property
+    def _occurrences(self) -> Counter[int]:
+        return self._progress.occurrences
+
+    def __deepcopy__(self, memo: object) -> Watcher:
+        """What the hooks of a model that is copied while it is watched hold: a watcher that follows nothing."""
+        deaf = Watcher(self.model, self.numbering)
+        deaf.listens = lambda: False
+        return deaf
 
     def attach(self) -> None:
         """Install the hooks."""
@@ -99,8 +128,11 @@ class Watcher:
             self._handles.pop().remove()
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.listens():
+            return
         if not self._frames:
-            self.forwards += 1
+            with self._lock:
+                self.forwards += 1
             self._occurrences.clear()
         self._frames.append(_Frame(module, _bind(module, args, kwargs)))
 
@@ -110,6 +142,8 @@ class Watcher:
             pass
 
     def _enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.listens():
+            return
         if not self._frames and not self._running:
             # A layer called by itself, or again by gradient checkpointing: no forward in which it ran before.
             self._occurrences.clear()
@@ -140,11 +174,12 @@ class Watcher:
             occurrence, running.dispatched = running.occurrence, True
         kind = self._kind(module, running.arguments if running else {})
         key = (kind, self.paths[id(module)], occurrence)
-        if key not in self.numbering:
-            self.numbering[key] = sum(1 for known in self.numbering if known[0] == kind)
-        layer = self.numbering[key]
-        if first and not recomputing():
-            self.calls[kind, layer] += 1
+        with self._lock:
+            if key not in self.numbering:
+                self.numbering[key] = sum(1 for known in self.numbering if known[0] == kind)
+            layer = self.numbering[key]
+            if first and not recomputing():
+                self.calls[kind, layer] += 1
         return kind, layer
 
     def _kind(self, module: nn.Module, arguments: Mapping[str, Any]) -> Kind:

@@ -1,27 +1,31 @@
-"""`capture`: read the attention of a transformers model while it runs, without changing what it computes."""
+"""`capture`: read the attention of a model while it runs, and change it where asked; `Session`: one open capture.
+
+A session does not know what kind of model it reads. A front does (`attnlab.capture.huggingface` for transformers): it
+sends the model's attention calls here, says where each happened (`Site`) and which problem it poses (`Arguments`), and
+hands back to the model what `Session.compute` returns.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, get_args
 
-from attnlab_kernels import Emit, Emitted, attention
+from attnlab_kernels import Emit
 from torch import Tensor, nn
 
-from attnlab.capture.arguments import Arguments, read_arguments
+from attnlab.capture.arguments import Arguments
 from attnlab.capture.call import Call, Kind, Site
-from attnlab.capture.dispatch import close_session, open_session, original_implementation, own_attention
-from attnlab.capture.layers import LayerKey, Watcher, recomputing
-from attnlab.errors import AttnlabError, AttnlabWarning, UnsupportedModelError
+from attnlab.capture.compute import compute_call
+from attnlab.capture.intervention import Bound, Intervention
+from attnlab.capture.keep import Keep, kept
+from attnlab.capture.layers import recomputing
+from attnlab.capture.merge import is_empty
+from attnlab.errors import AttnlabError
 
 if TYPE_CHECKING:
     from attnlab.models import Model
-
-_LARGE_BIAS = 64_000_000
-"""Bytes of a position bias (T5 and its kin form it themselves) from which on a user is told of it."""
 
 EmitChoice = Emit | Callable[[Site], Emit | None]
 
@@ -29,131 +33,153 @@ EmitChoice = Emit | Callable[[Site], Emit | None]
 class Session:
     """An open capture.
 
+    Args:
+        emit, qkv, on_call, keep, interventions, backend: as `capture` takes them.
+
     Attributes:
         calls: the attention calls so far, in order; empty when they go to `on_call`.
-        model: the transformers module being read.
-        watcher: follows its forwards.
-        switched: configurations that this session sends to attnlab's attention function.
+        interventions: in the order in which they are applied.
+        thread: the one that opened it.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        emit: EmitChoice,
-        qkv: bool | Callable[[Site], bool],
-        on_call: Callable[[Call], None] | None,
-        backend: str,
-        numbering: Mapping[LayerKey, int] | None = None,
+        emit: EmitChoice | None = None,
+        *,
+        qkv: bool | Callable[[Site], bool] = False,
+        on_call: Callable[[Call], None] | None = None,
+        keep: Keep = "device",
+        interventions: Sequence[Intervention] = (),
+        backend: str = "auto",
     ) -> None:
+        if keep not in get_args(Keep):
+            raise ValueError(f"keep is {keep!r}; expected 'device' or 'cpu', or on_call to keep nothing.")
+        for given in interventions:
+            if not isinstance(given, Intervention):
+                raise ValueError(
+                    f"interventions holds a {type(given).__name__}; expected those of attnlab.interventions."
+                )
         self.calls: list[Call] = []
-        self.model = model
-        self.watcher = Watcher(model, numbering)
-        self.switched: list[Any] = []
-        self._emit = emit
+        self.interventions = tuple(sorted(interventions, key=lambda edit: edit.stage))
+        self.thread = threading.get_ident()
+        self._emit: EmitChoice = Emit() if emit is None else emit
         self._qkv = qkv
         self._on_call = on_call
+        self._keep = keep
         self._backend = backend
-        self._warned = False
+        self._heads: dict[Kind, dict[int, int]] = {}
+        self._reached: set[tuple[int, int]] = set()
 
-    def owns(self, module: nn.Module) -> bool:
-        """Whether a module is part of the captured model."""
-        return id(module) in self.watcher.paths
+    def bind(self, site: Site) -> list[Bound]:
+        """This session's interventions that are about a call.
 
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keywords: dict[str, Any]
-    ) -> Tensor:
-        """Compute one attention call and record it: [B, Nq, Hq, Dv]."""
-        kind, layer = self.watcher.locate(module)
-        arguments = read_arguments(module, q, k, v, mask, keywords, original_implementation(module.config))
-        site = self._site(kind, layer, arguments)
+        Raises:
+            AttnlabError: one names a head that the layer does not have.
+        """
+        found = ((edit, edit.heads_at(site)) for edit in self.interventions)
+        return [Bound(edit, site, heads) for edit, heads in found if heads]
+
+    def wants(self, site: Site) -> tuple[Emit | None, bool]:
+        """The statistics of a call, and whether to keep its q, k, v and z; (None, False) leaves it unrecorded."""
         emit = self._emit if isinstance(self._emit, Emit) else self._emit(site)
-        qkv = self._qkv if isinstance(self._qkv, bool) else self._qkv(site)
-        if emit is None and not qkv:
-            return own_attention(module, q, k, v, mask, keywords)
-        if emit is None or is_empty(emit):
-            out, emitted = own_attention(module, q, k, v, mask, keywords), Emitted()
-        else:
-            self._warn_of_squares(arguments)
-            z, emitted = attention(
-                arguments.q, arguments.k, arguments.v, **arguments.options(), query_mask=site.query_mask, emit=emit,
-                backend=self._backend,
-            )  # fmt: skip
-            out = z.transpose(1, 2).contiguous()
-        if recomputing():
-            return out
-        kept = (arguments.q, arguments.k, arguments.v, out.transpose(1, 2)) if qkv else (None,) * 4
-        call = Call(site, emitted, arguments.scale, *kept)
+        return emit, self._qkv if isinstance(self._qkv, bool) else self._qkv(site)
+
+    def compute(
+        self,
+        site: Site,
+        arguments: Arguments,
+        own: Callable[[], Tensor],
+        edits: Sequence[Bound] | None = None,
+        *,
+        formed: bool = False,
+    ) -> Tensor:
+        """Compute one attention call, with its interventions and statistics, and record it.
+
+        Args:
+            site: where it happens; `site_of` makes it.
+            arguments: the problem that the model poses. Nothing else of the model is read.
+            own: computes the model's own attention, z [B, Hq, Nq, Dv]; called where nothing is asked for of a head.
+            edits: interventions to apply, this session's by default. Fronts that send a call to several sessions pass
+                those of all of them, so that each sees the same pattern.
+            formed: whether the model goes on with `own` in any case, since somebody else looked at its pattern.
+
+        Returns:
+            z [B, Hq, Nq, Dv], what the model is to go on with.
+
+        Raises:
+            AttnlabError: an intervention does not suit the call.
+        """
+        self._heads.setdefault(site.kind, {})[site.layer] = site.n_heads
+        mine = self.bind(site) if edits is None else edits
+        emit, qkv = self.wants(site)
+        if not mine and emit is None and not qkv:
+            return own()
+        if mine or not is_empty(emit):
+            self.before_kernels(arguments)
+        z, emitted, reached = compute_call(site, arguments, own, emit, _in_order(mine), self._backend, formed=formed)
+        self._reached.update((id(bound.intervention), bound.site.layer) for bound in reached)
+        if (emit is not None or qkv) and not recomputing():
+            tensors = (arguments.q, arguments.k, arguments.v, z) if qkv else (None,) * 4
+            self._record(Call(site, emitted, arguments.scale, *tensors))
+        return z
+
+    def before_kernels(self, arguments: Arguments) -> None:
+        """Called before attnlab's own attention computes a call; a front may warn here."""
+
+    def _record(self, call: Call) -> None:
+        call = kept(call, self._keep)
         if self._on_call is None:
             self.calls.append(call)
         else:
             self._on_call(call)
-        return out
 
-    def _site(self, kind: Kind, layer: int, a: Arguments) -> Site:
-        batch, n_heads, n_queries, _ = a.q.shape
-        n_keys = a.k.shape[2]
-        queries = None
-        if a.padding is not None and kind != "cross" and 0 <= a.query_offset <= n_keys - n_queries:
-            queries = a.padding[:, a.query_offset : a.query_offset + n_queries]
-        else:
-            queries = self.watcher.query_padding(kind, batch, n_queries)
-        if a.rows is not None:
-            queries = a.rows if queries is None else queries & a.rows
-        keys = a.padding if a.padding is not None else self.watcher.key_padding(kind, batch, n_keys)
-        return Site(
-            layer=layer, kind=kind, n_heads=n_heads, n_key_heads=a.k.shape[1], batch=batch, n_queries=n_queries,
-            n_keys=n_keys, query_mask=queries, key_mask=keys, causal=a.causal, query_offset=a.query_offset,
-            window=a.window, device=a.q.device,
-        )  # fmt: skip
+    def open(self) -> None:
+        """Send the model's attention calls here."""
 
-    def _warn_of_squares(self, arguments: Arguments) -> None:
-        """Say once what is held that grows with the square of the length."""
-        bias = arguments.bias
-        bias_bytes = 0 if bias is None or 1 in bias.shape[-2:] else bias.numel() * bias.element_size()
-        if self._warned or not (arguments.whole or bias_bytes > _LARGE_BIAS):
-            return
-        self._warned = True
-        name = type(self.model).__name__
-        if arguments.whole:
-            what = f"uses an attention mask that is no closed form; it is held whole ({arguments.whole / 1e6:.1f} MB)"
-        else:
-            what = f"forms a bias for every query and key by itself ({bias_bytes / 1e6:.0f} MB)"
-        warnings.warn(f"{name} {what}, so memory grows with the square of the length.", AttnlabWarning, stacklevel=2)
+    def close(self) -> None:
+        """Leave the model as it was; calling it again changes nothing."""
 
     def check(self) -> None:
-        """Make sure that every attention layer called, and as often as the others of its kind.
+        """Make sure that every intervention found its layers, heads and positions.
 
         Raises:
-            UnsupportedModelError: the model computes attention that the capture does not see.
+            AttnlabError: the model ran, and one did not.
         """
-        watcher, name = self.watcher, type(self.model).__name__
-        if not watcher.forwards:
+        if not self._heads:
             return
-        silent = {path: cls for path, cls in watcher.silent.items() if any(part.isdigit() for part in path.split("."))}
-        if silent or not watcher.calls:
-            which = f" ({', '.join(sorted(set(silent.values())))})" if silent else ""
-            raise UnsupportedModelError(
-                f"{name} computes its attention{which} without calling transformers' attention interface, so attnlab "
-                "cannot read it."
-            )
-        for kind in {kind for kind, _ in watcher.calls}:
-            known = {layer for (k, _, _), layer in watcher.numbering.items() if k == kind}
-            counts = {layer: watcher.calls[kind, layer] for layer in sorted(known)}
-            if len(set(counts.values())) > 1:
-                raise UnsupportedModelError(
-                    f"The {kind} attention layers of {name} did not all call the attention interface equally often "
-                    f"(calls by layer: {counts}), so what was read is incomplete."
+        for edit in self.interventions:
+            heads = self._heads.get(edit.kind, {})
+            edit.check_layers(heads)
+            layers = heads if edit.chosen is None else edit.chosen
+            missed = [layer for layer in layers if (id(edit), layer) not in self._reached]
+            if missed:
+                raise AttnlabError(
+                    f"{edit.describe()} never changed anything in {edit.kind} layer {missed[0]}: no call had the "
+                    "positions, keys or rows that it is about."
                 )
 
 
-def is_empty(emit: Emit) -> bool:
-    """Whether nothing is asked for.
+def _in_order(edits: Sequence[Bound]) -> list[Bound]:
+    return sorted(edits, key=lambda bound: bound.intervention.stage)
 
-    Example:
-        >>> is_empty(Emit()), is_empty(Emit(entropy=True))
-        (True, False)
+
+def site_of(
+    kind: Kind, layer: int, arguments: Arguments, query_mask: Tensor | None = None, key_mask: Tensor | None = None
+) -> Site:
+    """The site of a call that poses this problem.
+
+    Args:
+        kind, layer: which attention it is.
+        arguments: the problem.
+        query_mask: [B, Nq] booleans, False for queries that are padding; None without any.
+        key_mask: [B, Nk] booleans, False for keys that are padding; None without any.
     """
-    return all(getattr(emit, f.name) is f.default for f in fields(emit))
+    batch, n_heads, n_queries, _ = arguments.q.shape
+    return Site(
+        layer=layer, kind=kind, n_heads=n_heads, n_key_heads=arguments.k.shape[1], batch=batch, n_queries=n_queries,
+        n_keys=arguments.k.shape[2], query_mask=query_mask, key_mask=key_mask, causal=arguments.causal,
+        query_offset=arguments.query_offset, window=arguments.window, device=arguments.q.device,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -163,23 +189,32 @@ def capture(
     emit: EmitChoice | None = None,
     qkv: bool | Callable[[Site], bool] = False,
     on_call: Callable[[Call], None] | None = None,
+    keep: Keep = "device",
+    interventions: Sequence[Intervention] = (),
     backend: str = "auto",
 ) -> Iterator[Session]:
     """Read the attention of every call that the model makes inside the `with` block; its outputs stay the same.
 
-    Under gradient checkpointing the backward pass belongs inside the block too; the calls that it repeats are not
-    recorded again.
+    With interventions the outputs are those of the edited model, and the statistics those of the edited pattern.
+    Captures nest: the interventions of all of them are applied, and each records. Forwards of a thread go to the
+    captures that this thread opened, and without one to every capture that is open. Under gradient checkpointing the
+    backward pass belongs inside the block too; the calls that it repeats are edited again and not recorded again.
 
     Args:
-        model: a `Model` or a transformers module.
+        model: a `Model`, a transformers module, one of TransformerLens (see `attnlab.lens.session`), or any torch
+            module that calls `F.scaled_dot_product_attention` (see `attnlab.capture.any_module`).
         emit: the statistics to compute, or a function of the site that says so; None from it leaves the call to the
             model's own attention, unrecorded, and an empty `Emit()` (the default) records it without statistics.
-        qkv: whether to keep q, k, v and z of a call, or a function of the site.
+        qkv: whether to keep q, k, v as the model made them and z as it went on, or a function of the site.
         on_call: takes each call as it happens; without it they are collected in `session.calls`.
+        keep: `"cpu"` copies what is kept of each call to the CPU at once, `"device"` leaves it where it is.
+        interventions: edits of heads, from `attnlab.interventions`; see `attnlab.capture.intervention` for the order.
         backend: of `attnlab_kernels.attention`.
 
     Raises:
-        AttnlabError: dropout is on, or the module is none of transformers.
+        ValueError: an argument that is no such thing.
+        AttnlabError: dropout is on, the model is no module, or an intervention names what it does not have (at the end
+            of the block at the latest).
         UnsupportedModelError: at the end of the block, when the model ran and some of its attention was not seen.
 
     Example:
@@ -192,20 +227,31 @@ def capture(
         >>> [(call.kind, call.layer, tuple(call.emitted.entropy.shape)) for call in session.calls]
         [('self', 0, (1, 2, 3)), ('self', 1, (1, 2, 3))]
     """
-    from transformers import PreTrainedModel
-
-    from attnlab.models import Model
-
-    module = model.hf if isinstance(model, Model) else model
-    if not isinstance(module, PreTrainedModel):
-        raise AttnlabError(f"Only models of transformers can be captured, and {type(module).__name__} is none.")
-    numbering = model.numbering if isinstance(model, Model) else None
-    session = Session(module, Emit() if emit is None else emit, qkv, on_call, backend, numbering)
+    session = _front_of(model)(
+        model, emit, qkv=qkv, on_call=on_call, keep=keep, interventions=interventions, backend=backend
+    )
     try:
-        open_session(session)
-        session.watcher.attach()
+        session.open()
         yield session
     finally:
-        session.watcher.detach()
-        close_session(session)
+        session.close()
     session.check()
+
+
+def _front_of(model: Model | nn.Module) -> Callable[..., Session]:
+    from attnlab.capture.huggingface import HuggingFaceSession
+    from attnlab.lens.parts import lens_style
+    from attnlab.models import Model
+
+    module = model.captured if isinstance(model, Model) else model
+    if lens_style(module) is not None:
+        from attnlab.lens.session import LensSession
+
+        return LensSession
+    from transformers import PreTrainedModel
+
+    if isinstance(module, PreTrainedModel) or not isinstance(module, nn.Module):
+        return HuggingFaceSession
+    from attnlab.capture.any_module import TorchSession
+
+    return TorchSession

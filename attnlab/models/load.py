@@ -29,8 +29,8 @@ def load_model(
     """Load a model and make sure that its attention can be read.
 
     Args:
-        source: hub id, checkpoint folder (config.json and safetensors), name of a shipped model, transformers module
-            (which is put in evaluation mode), or `Model`.
+        source: hub id, checkpoint folder (config.json and safetensors), name of a shipped model, transformers or
+            TransformerLens module (which is put in evaluation mode), or `Model`.
         tokenizer: a tokenizer, or the name or folder of one; by default the checkpoint's own, if it has one.
         device: `"cuda"` where there is one, else `"cpu"`, unless said; a module stays where it is.
         dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"float64"`; by default the checkpoint's on a GPU, float32 on
@@ -56,7 +56,7 @@ def load_model(
     if isinstance(source, Model):
         if tokenizer is None and max_length is None and place is None and number is None:
             return source
-        hf, name, own = source.hf, source.name, source.tokenizer
+        hf, name, own = source.captured, source.name, source.tokenizer
         max_length = max_length or source.max_length
     elif isinstance(source, nn.Module):
         hf, name, own = source, type(source).__name__, None
@@ -66,17 +66,26 @@ def load_model(
         place = number = None
     from transformers import PreTrainedModel
 
-    if not isinstance(hf, PreTrainedModel):
-        raise AttnlabError(f"{type(hf).__name__} is no model of transformers; expected one, or its hub id or folder.")
+    from attnlab.lens.parts import lens_style
+
+    of_lens = lens_style(hf) is not None
+    if not isinstance(hf, PreTrainedModel) and not of_lens:
+        raise AttnlabError(
+            f"{type(hf).__name__} is no model of transformers or TransformerLens; expected one, or a hub id or folder."
+        )
     if place is not None or number is not None:
         nn.Module.to(hf, device=place, dtype=number)
     hf.eval()
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(str(tokenizer), trust_remote_code)
-    limits = [limit for limit in (_length_limit(hf), max_length) if limit is not None]
-    model = Model(
-        hf, name=name, tokenizer=own if tokenizer is None else tokenizer, max_length=min(limits, default=None)
-    )
+    tokenizer = own if tokenizer is None else tokenizer
+    if of_lens:
+        from attnlab.lens.model import lens_model
+
+        model = lens_model(hf, tokenizer, max_length)
+    else:
+        limits = [limit for limit in (_length_limit(hf), max_length) if limit is not None]
+        model = Model(hf, name=name, tokenizer=tokenizer, max_length=min(limits, default=None))
     model.sites, model.numbering = probe_attention(model)
     return model
 

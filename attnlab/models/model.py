@@ -58,6 +58,12 @@ class Model:
         return f"Model({self.name!r}, {kind}, layers={heads}, device={str(self.device)!r}, dtype={self.dtype})"
 
     @property
+    def captured(self) -> nn.Module:
+        """The module that `capture` reads."""
+        module: nn.Module = self.hf
+        return module
+
+    @property
     def config(self) -> Any:
         """The transformers configuration."""
         return self.hf.config
@@ -135,12 +141,7 @@ class Model:
         for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"):
             config.pop(volatile, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, weight in sorted(self.hf.state_dict().items()):
-            flat = weight.detach().reshape(-1)
-            step = max(1, flat.numel() // _SAMPLE)
-            sample = flat[::step].contiguous().cpu()
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+        digest_weights(digest, self.hf.state_dict())
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -158,10 +159,7 @@ class Model:
         Raises:
             AttnlabError: a loss is asked of a model that does not predict the next token.
         """
-        if loss and not self.has_loss:
-            raise AttnlabError(
-                f"{self.name} ({type(self.hf).__name__}) does not predict the next token, so it has no such loss."
-            )
+        self._check_loss(loss)
         ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device, torch.bool)
         if self.is_encoder_decoder:
             return self._forward_pair(batch, ids, mask, loss)
@@ -171,6 +169,12 @@ class Model:
         if not loss:
             return None
         return next_token_loss(self.hf, body, outputs, ids, mask, {"input_ids": ids} | self._no_cache(self.hf))
+
+    def _check_loss(self, loss: bool) -> None:
+        if loss and not self.has_loss:
+            raise AttnlabError(
+                f"{self.name} ({type(self.hf).__name__}) does not predict the next token, so it has no such loss."
+            )
 
     def _forward_pair(self, batch: Batch, ids: Tensor, mask: Tensor, loss: bool) -> Tensor | None:
         target, target_mask = self._targets(batch, ids, mask)
@@ -207,3 +211,13 @@ class Model:
     def _no_cache(module: nn.Module) -> dict[str, Any]:
         parameters = inspect.signature(module.forward).parameters
         return {"use_cache": False} if "use_cache" in parameters or "past_key_values" in parameters else {}
+
+
+def digest_weights(digest: Any, weights: Mapping[str, Tensor]) -> None:
+    """Feed a fixed sample of every weight to a hash."""
+    for name, weight in sorted(weights.items()):
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLE)
+        sample = flat[::step].contiguous().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")

@@ -10,6 +10,7 @@ from attnlab_kernels import Emit
 from torch import Tensor
 
 from attnlab.capture.call import Site
+from attnlab.capture.huggingface import HuggingFaceSession
 from attnlab.capture.layers import LayerKey
 from attnlab.capture.session import capture
 from attnlab.errors import AttnlabError, AttnlabWarning, UnsupportedModelError
@@ -62,14 +63,15 @@ def probe_attention(model: Model) -> tuple[tuple[Site, ...], dict[LayerKey, int]
             f"{name} computes its attention in a way of its own: read through attnlab its hidden states change by "
             f"{worst:.2g} (their spread is {spread:.2g}), so what was read would be wrong."
         )
-    return tuple(call.site for call in session.calls), dict(session.watcher.numbering)
+    numbering = dict(session.watcher.numbering) if isinstance(session, HuggingFaceSession) else {}
+    return tuple(call.site for call in session.calls), numbering
 
 
 def _last_hidden(model: Model, batch: Batch) -> Tensor:
     kept: list[Tensor] = []
 
     def keep(module: object, args: object, output: Any) -> None:
-        hidden = getattr(output, "last_hidden_state", getattr(output, "logits", None))
+        hidden = getattr(output, "last_hidden_state", getattr(output, "logits", output))
         if isinstance(hidden, Tensor):
             kept.append(hidden)
 

@@ -286,7 +286,7 @@ def _as_target(tokenizer: Any) -> Callable[..., Mapping[str, Any]]:
 
 
 def _decoder_start(model: Model) -> int:
-    for config in (model.hf.config, getattr(model.hf, "generation_config", None)):
+    for config in (model.config, getattr(model.hf, "generation_config", None)):
         for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
             value = getattr(config, name, None)
             if isinstance(value, int):

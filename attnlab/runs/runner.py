@@ -127,7 +127,7 @@ def _plain_state(analysis: Analysis) -> dict[str, Tensor]:
 
 def _pad_id(model: Model) -> int:
     """A token id that is safe as padding: some models count positions by where it is not."""
-    candidates = [getattr(model.hf.config, "pad_token_id", None), getattr(model.tokenizer, "pad_token_id", None)]
+    candidates = [getattr(model.config, "pad_token_id", None), getattr(model.tokenizer, "pad_token_id", None)]
     for value in candidates:
         if isinstance(value, int) and 0 <= value < (model.vocabulary or value + 1):
             return value

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from attnlab_kernels import Emit
 
-from attnlab.capture import capture
+from attnlab.capture import Session, capture, dispatch, site_of
+from attnlab.capture.arguments import Arguments
 from attnlab.errors import AttnlabError, UnsupportedModelError
+from attnlab.interventions import Ablate, KnockOut, TowardsIdentity
 
 IDS = torch.arange(3, 11)[None]
 
@@ -113,8 +116,8 @@ def test_dropout_in_training_is_refused(tiny):
         model(IDS)
 
 
-def test_a_module_that_is_no_model_of_transformers_is_refused():
-    with pytest.raises(AttnlabError, match="Linear"), capture(torch.nn.Linear(2, 2)):
+def test_what_is_no_module_is_refused():
+    with pytest.raises(AttnlabError, match="str"), capture("gpt2"):
         pass
 
 
@@ -177,3 +180,190 @@ def test_a_layer_called_by_itself_keeps_its_number(tiny):
         for _ in range(2):
             model.model.layers[0].self_attn(hidden, position_embeddings=angles, attention_mask=None)
     assert [call.layer for call in session.calls] == [0, 0]
+
+
+def left_over():
+    """What the captures keep of models that they read."""
+    return dispatch._sessions, dispatch._switched
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_nothing_is_left_over_after_an_error_between_forwards_or_at_the_opening(tiny, error, monkeypatch):
+    model = tiny("T5ForConditionalGeneration")
+    before = implementations(model)
+    with pytest.raises(error), capture(model, interventions=[Ablate("L0")]), capture(model):
+        raise error
+    assert (implementations(model), hooks(model), left_over()) == (before, 0, ([], {}))
+
+    configs = dispatch.configurations
+
+    class Interrupted(list):
+        def __iter__(self):
+            yield next(super().__iter__())
+            raise error
+
+    monkeypatch.setattr(dispatch, "configurations", lambda model: Interrupted(configs(model)))
+    with pytest.raises((error, RuntimeError)), capture(model):
+        raise AssertionError("the block was entered")
+    assert (implementations(model), hooks(model), left_over()) == (before, 0, ([], {}))
+
+
+def test_an_error_that_ends_the_block_is_told_rather_than_an_intervention_without_effect(tiny):
+    model = tiny("LlamaForCausalLM")
+
+    def stop(call):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), capture(model, interventions=[Ablate("L9")], on_call=stop):
+        model(IDS)
+
+
+def test_interventions_of_nested_captures_are_all_applied_and_all_see_them(tiny):
+    model = tiny("LlamaForCausalLM")
+    first, second = Ablate("L0H1"), KnockOut("L0H2", [0], positions=range(1, 8))
+    emit = Emit(key_sum=True)
+    with torch.no_grad():
+        with capture(model, interventions=[first, second]):
+            expected = model(IDS).logits
+        with (
+            capture(model, emit=emit, qkv=True, interventions=[first]) as outer,
+            capture(model, interventions=[second]),
+            capture(model, emit=emit, qkv=True) as inner,
+        ):
+            found = model(IDS).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    for session in (outer, inner):
+        assert session.calls[0].z[:, 1].abs().max() == 0
+        assert torch.allclose(session.calls[0].emitted.key_sum[:, 2, 0], torch.ones(1))  # its own query alone
+
+
+def run_threads(*functions):
+    failed = []
+
+    def guarded(function):
+        try:
+            function()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert failed == []
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "AlbertForMaskedLM"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_captures_in_threads_read_their_own_forwards_and_restore_the_model(tiny, name, shared):
+    models = [tiny(name)] * 3 if shared else [tiny(name) for _ in range(3)]
+    before = [implementations(model) for model in models]
+    inputs = [torch.arange(3, 8 + n)[None] for n in range(3)]
+    edits = [[], [Ablate("L0H1")], [TowardsIdentity("L1", 0.5)]]
+    with torch.no_grad():
+        own = models[0](inputs[0]).logits
+        alone = []
+        for model, ids, given in zip(models, inputs, edits, strict=True):
+            with capture(model, emit=Emit(entropy=True), interventions=given):
+                alone.append(model(ids).logits)
+    wrong = []
+    barrier = threading.Barrier(3)
+
+    def study(n):
+        barrier.wait(30)
+        for _ in range(12):
+            with torch.no_grad(), capture(models[n], emit=Emit(entropy=True), interventions=edits[n]) as session:
+                logits = models[n](inputs[n]).logits
+            sizes = {call.site.n_queries for call in session.calls}
+            if not torch.allclose(logits, alone[n], atol=1e-5) or sizes != {inputs[n].shape[1]}:
+                wrong.append(n)
+            if [call.layer for call in session.calls] != [0, 1]:
+                wrong.append(n)
+
+    run_threads(*(lambda n=n: study(n) for n in range(3)))
+    assert wrong == []
+    assert [implementations(model) for model in models] == before
+    assert [hooks(model) for model in models] == [0, 0, 0]
+    assert left_over() == ([], {})
+    with torch.no_grad():
+        assert torch.equal(models[0](inputs[0]).logits, own)
+
+
+def test_a_forward_in_a_thread_without_a_capture_goes_to_the_capture_that_is_open(tiny):
+    model = tiny("LlamaForCausalLM")
+    with torch.no_grad(), capture(model, emit=Emit(entropy=True)) as session:
+        run_threads(lambda: model(IDS))
+    assert [call.layer for call in session.calls] == [0, 1]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_interventions_are_repeated_with_the_forward_that_gradient_checkpointing_repeats(tiny, reentrant):
+    model = tiny("LlamaForCausalLM").train()
+    weight = model.get_parameter("model.layers.0.self_attn.v_proj.weight")
+    given = [Ablate("L0H1"), KnockOut("L1", [2])]
+    seen = []
+    with capture(model, emit=Emit(entropy=True), interventions=given):
+        model(IDS, labels=IDS).loss.backward()
+    own, weight.grad = weight.grad, None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with capture(model, emit=Emit(entropy=True), interventions=given, on_call=seen.append):
+        model(IDS, labels=IDS).loss.backward()
+    assert [call.layer for call in seen] == [0, 1]
+    assert torch.allclose(weight.grad, own, atol=1e-5 * float(own.abs().max()))
+
+
+def test_what_is_kept_can_be_on_the_cpu(tiny):
+    model = tiny("LlamaForCausalLM")
+    emit = Emit(entropy=True, pool=[2, 4])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])
+    with capture(model, emit=emit, qkv=True, keep="cpu") as moved, capture(model, emit=emit, qkv=True) as left:
+        model(IDS, attention_mask=mask)
+    for a, b in zip(moved.calls, left.calls, strict=True):
+        assert a.site.device.type == a.z.device.type == a.site.query_mask.device.type == "cpu"
+        assert torch.equal(a.z, b.z)
+        assert torch.equal(a.emitted.pooled[1], b.emitted.pooled[1])
+    with pytest.raises(ValueError, match="keep is 'disk'"), capture(model, keep="disk"):
+        pass
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_kept_on_the_cpu_leaves_the_gpu(tiny):
+    model = tiny("LlamaForCausalLM").cuda()
+    with capture(model, emit=Emit(entropy=True), qkv=True, keep="cpu") as session:
+        loss = model(IDS.cuda()).logits.mean()
+    call = session.calls[0]
+    assert {t.device.type for t in (call.q, call.k, call.v, call.z, call.emitted.entropy)} == {"cpu"}
+    weight = model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+    assert torch.autograd.grad(loss + call.emitted.entropy.mean().cuda(), weight)[0].abs().max() > 0
+
+
+def test_a_session_needs_no_model_to_compute_a_call():
+    q, k, v = torch.randn(3, 1, 4, 6, 8, dtype=torch.double)
+    arguments = Arguments(q, k[:, :2], v[:, :2], 0.3, causal=True)
+    session = Session(Emit(entropy=True), qkv=True, interventions=[Ablate("L0H1")])
+
+    def own():
+        raise AssertionError("statistics are asked for")
+
+    z = session.compute(site_of("self", 0, arguments), arguments, own)
+    group = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, *group, is_causal=True, scale=0.3)
+    exact[:, 1] = 0
+    assert torch.allclose(z, exact, atol=1e-12)
+    assert torch.equal(session.calls[0].z, z)
+    session.check()
+
+
+def test_a_copy_that_was_made_inside_a_capture_says_so_and_can_be_mended(tiny):
+    model = tiny("LlamaForCausalLM")
+    own = model(IDS).logits
+    with capture(model, emit=Emit(entropy=True)) as session:
+        other = copy.deepcopy(model)
+        model(IDS)
+    with pytest.raises(AttnlabError, match="copied from another while that was being captured"):
+        other(IDS)
+    other.set_attn_implementation("sdpa")
+    assert torch.equal(other(IDS).logits, own)
+    assert [call.layer for call in session.calls] == [0, 1]
