@@ -160,7 +160,7 @@ class Variant(NamedTuple):
     solver: Solver
 
 
-class PatternEdit(Intervention):
+class PatternEdit(Intervention, ABC):
     """An intervention on what the pattern is made of."""
 
     @abstractmethod
@@ -173,7 +173,6 @@ class PatternEdit(Intervention):
             heads: their numbers.
             backend: of the kernels, should something have to be computed first.
         """
-        raise NotImplementedError
 
     def splits_by(self, problem: Arguments, layer: int, head: int) -> Hashable:
         """Heads for which this differs are computed in separate calls."""
@@ -190,7 +189,7 @@ class PatternEdit(Intervention):
         return solver.arguments
 
 
-class OutputEdit(Intervention):
+class OutputEdit(Intervention, ABC):
     """An intervention on z."""
 
     stage = 5
@@ -205,7 +204,6 @@ class OutputEdit(Intervention):
             heads: their numbers.
             rows: [1 or B, Nq] booleans, the queries that are edited; None for all.
         """
-        raise NotImplementedError
 
 
 class Bound(NamedTuple):

@@ -211,11 +211,6 @@ class Problem:
             seen = seen & self.query_mask[:, None, :, None]
         return seen.expand(-1, -1, self.queries, self.keys).to(self.dtype)
 
-    def has_additions(self) -> bool:
-        """Whether anything is done to the scores besides scaling."""
-        added = (self.softcap, self.bias, self.alibi, self.relative_bias)
-        return self.normalizer == "sigmoid" or any(option is not None for option in added)
-
     def position_bias(self) -> Tensor | None:
         """[b or 1, h or 1, i or 1, j or 1], the sum of all biases; None without any."""
         total: Tensor | None = None if self.bias is None else self.bias.to(self.dtype)
@@ -238,24 +233,6 @@ class Problem:
         b, n, g, i = self.batch, self.key_heads, self.group, self.queries
         q = (self.q.to(self.dtype) * self.scale).reshape(b, n, g * i, self.q.shape[-1])
         return (q @ self.k.to(self.dtype).transpose(-1, -2)).view(b, n * g, i, self.keys)
-
-    def logits_into(self, s: Tensor) -> Tensor:
-        """`logits` written into a contiguous [b, h, i, j] buffer; needs keys in compute precision, and no gradients."""
-        b, n, i = self.batch, self.key_heads, self.queries
-        q = torch.mul(self.q, self.scale) if self.q.dtype == self.dtype else self.q.to(self.dtype).mul_(self.scale)
-        rows = s.view(b * n, self.group * i, self.keys)
-        q, k = q.reshape(b * n, self.group * i, q.shape[-1]), self.k.reshape(b * n, self.keys, q.shape[-1])
-        torch.bmm(q, k.mT, out=rows)
-        if self.softcap is not None:
-            s.div_(self.softcap).tanh_().mul_(self.softcap)
-        bias = self.position_bias()
-        if bias is not None:
-            s.add_(bias)
-        if self.normalizer == "sigmoid":
-            if self.sigmoid_bias is not None:
-                s.add_(self.sigmoid_bias[:, None, None])
-            s.copy_(torch.nn.functional.logsigmoid(s))
-        return s
 
     def logits(self) -> Tensor:
         """[b, h, i, j], what the softmax is taken of where the entry is visible; hidden entries are not yet hidden.

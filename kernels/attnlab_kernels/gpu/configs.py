@@ -91,7 +91,7 @@ def forward_launches(
 def choose_parts(programs: int, key_tiles: int) -> int:
     """Over how many programs to spread the keys of a tile of queries: 1 unless a GPU would be mostly idle.
 
-    Only shapes decide, so the same call sums in the same order on every device.
+    Only shapes and tile sizes decide, so the same call sums in the same order on every device of one kind.
 
     Args:
         programs: tiles of queries, over all heads and batch rows.
