@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,23 +31,39 @@ def without_idle_masks(block: Problem) -> Problem:
     return block
 
 
-def hidden_parts(block: Problem, work: Workspace) -> Iterator[tuple[slice, Tensor]]:
-    """Ranges of a block's keys in which entries are hidden, with what is to be added there.
+class Hidden(NamedTuple):
+    """Part of a tile, and what is to be added there.
 
-    One buffer serves the whole tile, so each has to be added before the next is asked for. A bias hides by itself.
+    Attributes:
+        keys: which.
+        numbers: [b or 1, h or 1, i or 1, j or 1], 0 or -inf.
+        by_causality: whether row i sees all keys up to i + offset.
     """
-    yield from _hidden_by_position(block, work)
+
+    keys: slice
+    numbers: Tensor
+    by_causality: bool = False
+
+
+def hidden_parts(block: Problem, work: Workspace, number: int = 0) -> Iterator[Hidden]:
+    """Ranges of a block's keys in which entries are hidden. A bias hides by itself.
+
+    Some numbers are buffers, which hold until the next tile; blocks of one tile differ in their `number`.
+    """
+    causality = block.causal and block.window is None and block.prefix is None
+    for keys, numbers in _hidden_by_position(block, work):
+        yield Hidden(keys, numbers, causality)
     every = slice(0, block.keys)
     if block.key_mask is not None:
-        yield every, additive(block.key_mask, block.dtype)[:, None, None]
+        yield Hidden(every, additive(block.key_mask, block.dtype)[:, None, None])
     if block.query_segments is not None and block.key_segments is not None:
         seen = block.query_segments[:, None, :, None] == block.key_segments[:, None, None]
-        yield every, additive(seen, block.dtype, work)
+        yield Hidden(every, additive(seen, block.dtype, work, f"segments {number}"))
     if block.mask is not None:
-        yield every, additive(block.mask, block.dtype, work)
+        yield Hidden(every, additive(block.mask, block.dtype, work, f"mask {number}"))
 
 
-def additive(visible: Tensor, dtype: torch.dtype, work: Workspace | None = None) -> Tensor:
+def additive(visible: Tensor, dtype: torch.dtype, work: Workspace | None = None, name: str = "hidden") -> Tensor:
     """0 where True, -inf where False: the bits of -inf are those of minus one, moved past the mantissa.
 
     Example:
@@ -56,7 +73,7 @@ def additive(visible: Tensor, dtype: torch.dtype, work: Workspace | None = None)
     whole, mantissa = (torch.int64, 52) if dtype == torch.float64 else (torch.int32, 23)
     minus_one = visible.view(torch.int8) - 1
     unit = torch.full((1,), 1 << mantissa, dtype=whole, device=visible.device)
-    into = None if work is None else work.take("hidden", *visible.shape).view(whole)
+    into = None if work is None else work.take(name, *visible.shape).view(whole)
     return torch.mul(minus_one, unit, out=into).view(dtype)
 
 

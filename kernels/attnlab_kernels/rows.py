@@ -14,78 +14,137 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnlab_kernels.exponentials import NEAR_SCORES, steps
 from attnlab_kernels.hidden import hidden_parts
+from attnlab_kernels.inner_loop import LEAST_ROWS, NEAR_SCORES, Logits, Numbers, Spending, Sums, chunk_scores, steps
 from attnlab_kernels.problem import Problem
+from attnlab_kernels.tiles import ENOUGH_STRIPS
 from attnlab_kernels.workspace import Workspace
 
 _LOG_2 = math.log(2)
 _LARGE = 1024
 """Logits from which on the rounding by one more factor shows beside the others."""
 
+_SMALL = 2.0**-60
+"""Sigmoids from which on the others of a row, down to the smallest float32, are all that its sums can show."""
+
+
+class Asked(NamedTuple):
+    """What is asked of a tile's rows beside lse and the largest share."""
+
+    entropy: bool = False
+    argmax: bool = False
+    collision: bool = False
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A tile's rows.
+    """What a tile's rows sum to.
 
     Attributes:
-        near_shares: [b, h, i, j], A over its row sum but for a factor a row; 0 where hidden. A buffer.
-        to_weights, to_shares: [b, h, i, 1]; near_shares times these are A, and A over its row sum, a sink counted in.
+        to_weights, to_shares: [b, h, i, 1]; near shares (see `softmax_parts`) times these are A, and A over its row
+            sum, a sink counted in.
         lse, max_share: [b, h, i]; max_share is the largest share of a key.
-        entropy, argmax: [b, h, i]; None where not asked for. argmax counts from the tile's first key, -1 for none.
+        entropy, argmax, collision: [b, h, i]; None where not asked for. argmax counts from the tile's first key, -1 for
+            none.
     """
 
-    near_shares: Tensor
     to_weights: Tensor
     to_shares: Tensor
     lse: Tensor
     max_share: Tensor
     entropy: Tensor | None
     argmax: Tensor | None
+    collision: Tensor | None
 
 
-def softmax_rows(block: Problem, work: Workspace, entropy: bool, argmax: bool) -> Rows:
-    """Scores of a block of queries with all the keys they see, and what each row's sums give."""
-    return softmax_parts([block], work, entropy, argmax)
+@dataclass(frozen=True, eq=False)
+class OverQueries:
+    """Take the sums of A and of A^2 and the largest A over a tile's queries that count, [b, h, j]."""
+
+    key_sum: Tensor | None = None
+    key_square: Tensor | None = None
+    key_max: Tensor | None = None
 
 
-def softmax_parts(blocks: list[Problem], work: Workspace, entropy: bool, argmax: bool) -> Rows:
-    """The same for blocks that hold the same queries and different keys, which stand side by side in the rows."""
+def softmax_parts(
+    blocks: list[Problem], work: Workspace, asked: Asked, out: Tensor | None = None
+) -> tuple[Tensor, Rows]:
+    """Near shares [b, h, i, j] in a buffer, and their rows, of blocks with the same queries and different keys.
+
+    The keys stand side by side in the rows. Near shares are A over its row sum but for a factor a row, 0 where hidden.
+    `out` [b, h, i, dv] takes A V.
+    """
     block, n_k = blocks[0], sum(block.keys for block in blocks)
-    b, h, n_q = block.batch, block.heads, block.queries
-    s = work.take("scores", b, h, n_q, n_k)
-    p = work.take("shares", b, h, n_q, n_k)
+    p = work.take("shares", block.batch, block.heads, block.queries, n_k)
+    spending = None if out is None else _spending(blocks, out, OverQueries())
+    return p, _rows(blocks, work, asked, _split(p, block), spending)
+
+
+def spend_parts(blocks: list[Problem], work: Workspace, asked: Asked, out: Tensor, over: OverQueries) -> Rows:
+    """The same where weights are not kept: they are spent on `out` and on what is not None in `over`."""
+    return _rows(blocks, work, asked, None, _spending(blocks, out, over))
+
+
+def _spending(blocks: list[Problem], out: Tensor, over: OverQueries) -> Spending:
+    block = blocks[0]
+    return Spending(
+        v=_side_by_side([one.v for one in blocks], 2),
+        out=_split(out, block),
+        sink=_of_heads(block.sinks, block),
+        padding=None if block.query_mask is None else ~block.query_mask[:, None, None, :, None],
+        **{name: None if x is None else _split(x, block) for name, x in vars(over).items()},
+    )
+
+
+def _rows(blocks: list[Problem], work: Workspace, asked: Asked, p: Tensor | None, spending: Spending | None) -> Rows:
+    block = blocks[0]
+    if block.normalizer == "sigmoid" and block.bias is None and not asked.argmax:
+        # The weights themselves, unless they are so small, or NaN, that only their logarithms tell.
+        found = _sum_rows(_logits(blocks, work, -_LOG_2, direct=True), 1.0, asked, work, p, spending)
+        if found.lowest > _SMALL:
+            return _finished(found._replace(top=torch.zeros_like(found.top)), 1.0, block, found.top)
     # Exponents of two, since torch's exponential is twenty times slower on -inf and wherever it underflows. The factor
     # that makes them rides along with another where no logit loses digits by it that matter.
     unit = _LOG_2 if block.bias is None and block.normalizer == "softmax" else 1.0
-    hidden = _logits_into(s, blocks, work, unit)
-    sums = _sum_rows(s, p, unit, hidden, entropy, argmax, work)
-    fill = math.isnan(sums.highest)
+    found = _sum_rows(_logits(blocks, work, unit), unit, asked, work, p, spending)
+    fill = math.isnan(found.highest)
     if fill:
         # What is hidden may hold infinity or NaN, which -inf does not hide by being added.
-        _logits_into(s, blocks, work, unit, fill)
-        sums = _sum_rows(s, p, unit, hidden, entropy, argmax, work)
-    if unit != 1 and _too_large(sums):
+        found = _sum_rows(_logits(blocks, work, unit, fill), unit, asked, work, p, spending)
+    if unit != 1 and _too_large(found):
         unit = 1.0
-        _logits_into(s, blocks, work, unit, fill)
-        sums = _sum_rows(s, p, unit, hidden, entropy, argmax, work)
-    return _finished(sums, unit, block, p)
+        found = _sum_rows(_logits(blocks, work, unit, fill), unit, asked, work, p, spending)
+    return _finished(found, unit, block)
 
 
-def _too_large(sums: _Sums) -> bool:
+def _split(x: Tensor, block: Problem) -> Tensor:
+    """[b or 1, h or 1, ...] as [b or 1, n or 1, g or 1, ...]."""
+    return x.unflatten(1, (block.key_heads, block.group) if x.shape[1] == block.heads else (1, 1))
+
+
+def _of_heads(x: Tensor | None, block: Problem, unit: float = 1.0) -> Tensor | None:
+    """[h] as [1, n, g, 1, 1] over `unit`, in the precision of the sums."""
+    return None if x is None else (x.to(block.dtype) / unit).view(1, block.key_heads, block.group, 1, 1)
+
+
+def _side_by_side(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _too_large(sums: _Found) -> bool:
     if not sums.lowest > -math.inf:
         return bool(((sums.top.abs() > _LARGE) & (sums.top != -math.inf)).any())
     return sums.highest > _LARGE or sums.lowest < -_LARGE
 
 
-def _finished(sums: _Sums, unit: float, block: Problem, p: Tensor) -> Rows:
+def _finished(found: _Found, unit: float, block: Problem, largest: Tensor | None = None) -> Rows:
     """What each row's sums give. Nearly every tile has a key for each of its rows, and is spared the questions."""
     empty: Tensor | None = None
-    total = sums.total
-    if not sums.lowest > -math.inf:
-        empty = sums.top == -math.inf
+    total = found.total
+    if not found.lowest > -math.inf:
+        empty = found.top == -math.inf
         total = torch.where(empty, 1, total)
-    top, lse, to_shares, own_entropy = steps().row_results(sums.top, total, sums.product, unit)
+    top, lse, to_shares, own_entropy = steps().row_results(found.top, total, found.product, unit)
     if block.sinks is not None:
         sink = block.sinks.to(block.dtype)[:, None, None]
         lse, share, own_entropy = steps().with_sink(sink, top, total, own_entropy)
@@ -93,54 +152,64 @@ def _finished(sums: _Sums, unit: float, block: Problem, p: Tensor) -> Rows:
     if empty is not None:
         to_shares = torch.where(empty, 0, to_shares)
         own_entropy = None if own_entropy is None else torch.where(empty, 0, own_entropy)
+    best = found.best
+    if best is not None and empty is not None:
+        best = torch.where(empty, -1, best)
     return Rows(
-        near_shares=p,
         to_weights=torch.exp(top) if block.normalizer == "sigmoid" else to_shares,
         to_shares=to_shares,
         lse=lse.squeeze(-1),
-        max_share=to_shares.squeeze(-1),
+        max_share=(to_shares if largest is None else largest * to_shares).squeeze(-1),
         entropy=None if own_entropy is None else own_entropy.squeeze(-1),
-        argmax=sums.argmax,
+        argmax=None if best is None else best.squeeze(-1),
+        collision=None if found.norm is None else (found.norm * to_shares).square_().squeeze(-1),
     )
 
 
-class _Sums(NamedTuple):
-    """Of each row, in units of the logits: [b, h, i, 1] the largest logit, the sum of e^t and that of t e^t.
-
-    The last is None where not asked for, as is argmax [b, h, i]; top is -inf and argmax -1 in rows that see no key.
-    `lowest` and `highest` are of `top`, NaN where that holds one.
-    """
+class _Found(NamedTuple):
+    """`Sums` of a tile as [b, h, i, 1]; `lowest` and `highest` are of `top`, NaN where that holds one."""
 
     top: Tensor
     total: Tensor
     product: Tensor | None
-    argmax: Tensor | None
+    best: Tensor | None
+    norm: Tensor | None
     lowest: float
     highest: float
 
 
 def _sum_rows(
-    s: Tensor, p: Tensor, unit: float, hidden: list[slice], entropy: bool, argmax: bool, work: Workspace
-) -> _Sums:
-    """Turn logits into e^t, written to `p`, and sum it; `s` is spent."""
-    n_k, rows, shape = s.shape[-1], s.shape[:-1].numel(), (*s.shape[:-1], 1)
-    top, total = s.new_empty(2, rows, 1)
-    product = s.new_empty(rows, 1) if entropy else None
-    best = torch.empty(rows, 1, dtype=torch.long, device=s.device) if argmax else None
-    if n_k and rows:
-        limits = torch.finfo(s.dtype)
-        low, high = steps().exponentials(
-            s.view(rows, n_k), p.view(rows, n_k), top, total, product, best, 1.0 if unit != 1 else 1 / _LOG_2,
-            limits.min, 0.0 if work.flushes else limits.tiny, [(at.start, at.stop) for at in hidden], NEAR_SCORES,
-        ).tolist()  # fmt: skip
+    logits: Logits, unit: float, asked: Asked, work: Workspace, p: Tensor | None, spending: Spending | None
+) -> _Found:
+    """Take a tile through all steps: weights go to `p`, or where `spending` says."""
+    q = logits.q
+    shape = (*q.shape[:4], 1)
+    top, total = q.new_empty(2, *shape)
+    product = q.new_empty(shape) if asked.entropy else None
+    best = torch.empty(shape, dtype=torch.long, device=q.device) if asked.argmax else None
+    norm = q.new_empty(shape) if asked.collision else None
+    if top.numel():
+        limits = torch.finfo(q.dtype)
+        numbers = Numbers(
+            unit=unit,
+            to_base_2=1.0 if unit != 1 else 1 / _LOG_2,
+            lowest=limits.min,
+            tiny=0.0 if work.flushes else limits.tiny,
+            near=NEAR_SCORES,
+            least=LEAST_ROWS,
+        )
+        if spending is not None:
+            for x in (spending.key_sum, spending.key_square, spending.key_max):
+                if x is not None:
+                    x.zero_()
+        size = chunk_scores(logits, numbers)
+        s, chunk = work.take("scores", size), work.take("chunk", size)
+        sums = Sums(top, total, product, best, norm, p)
+        low, high = steps().tile_rows(logits, sums, spending, numbers, s, chunk).tolist()
     else:
         low = high = -math.inf
-        top.fill_(low)
-        total.zero_()
-        product = None if product is None else product.zero_()
-    if best is not None:
-        best = torch.where(top == -math.inf, -1, best).view(shape[:-1])
-    return _Sums(top.view(shape), total.view(shape), None if product is None else product.view(shape), best, low, high)
+    flat = [None if x is None else x.flatten(1, 2) for x in (top, total, product, best, norm)]
+    return _Found(*flat, low, high)  # type: ignore[arg-type]
 
 
 def spans(blocks: list[Problem]) -> list[slice]:
@@ -149,52 +218,74 @@ def spans(blocks: list[Problem]) -> list[slice]:
     return [slice(stop - block.keys, stop) for stop, block in zip(stops, blocks, strict=True)]
 
 
-def _logits_into(s: Tensor, blocks: list[Problem], work: Workspace, unit: float, fill: bool = False) -> list[slice]:
-    """Write the logits of all blocks, and say where entries are hidden."""
-    hidden = []
-    for at, block in zip(spans(blocks), blocks, strict=True):
-        inside = _visible_logits_into(s[..., at], block, work, unit, fill)
-        hidden += [slice(at.start + where.start, at.start + where.stop) for where in inside]
-    return hidden
-
-
-def _visible_logits_into(s: Tensor, block: Problem, work: Workspace, unit: float, fill: bool) -> list[slice]:
-    """Write a block's logits over `unit`, -inf where hidden, and say where entries are hidden."""
+def _logits(blocks: list[Problem], work: Workspace, unit: float, fill: bool = False, direct: bool = False) -> Logits:
+    """What the logits of blocks are made of, over `unit`; the blocks' keys stand side by side."""
+    block = blocks[0]
     factor = block.scale / (unit if block.softcap is None else block.softcap)
     q = torch.mul(block.q, factor) if block.q.dtype == block.dtype else block.q.to(block.dtype).mul_(factor)
-    rows = (block.batch * block.key_heads, block.group * block.queries)
-    k = block.k.reshape(rows[0], block.keys, q.shape[-1])
-    if s.is_contiguous():
-        torch.bmm(q.reshape(*rows, q.shape[-1]), k.mT, out=s.view(*rows, block.keys))
-    else:
-        s.copy_(torch.bmm(q.reshape(*rows, q.shape[-1]), k.mT).view(s.shape))
-    if block.softcap is not None:
-        steps().cap(s.flatten(0, -2), block.softcap / unit, NEAR_SCORES)
+    terms: list[Tensor] = []
+    places: list[tuple[int, int]] = []
+    hiding: list[Tensor] = []
+    hidden_by_terms: list[bool] = []
+    by_causality: list[bool] = []
     if block.bias is not None:
-        s.add_(block.bias.to(block.dtype))
+        biases = [one.bias.to(one.dtype).expand(-1, -1, -1, one.keys) for one in blocks if one.bias is not None]
+        terms.append(_split(_side_by_side(biases, -1), block))
+        places.append((0, terms[0].shape[-1]))
+        hiding.append(terms[0])
+        hidden_by_terms.append(True)
+        by_causality.append(False)
+    distances: Tensor | None = None
     if block.alibi is not None:
-        s.addcmul_(work.distances(block), block.alibi.to(block.dtype)[:, None, None], value=-1 / unit)
+        distances = _split(_side_by_side([work.distances(one)[None] for one in blocks], -1), block)
     if block.relative_bias is not None:
-        s.add_(work.relative_bias(block), alpha=1 / unit)
-    if block.normalizer == "sigmoid":
-        if block.sigmoid_bias is not None:
-            s.add_(block.sigmoid_bias.to(block.dtype)[:, None, None])
-        steps().log_sigmoid(s.flatten(0, -2), NEAR_SCORES)
-    places = []
-    if block.bias is not None:
-        places.append(slice(0, block.keys))
-        if fill:
-            s.masked_fill_(block.bias == -math.inf, -math.inf)
-    for at, hidden in hidden_parts(block, work):
-        places.append(at)
-        if fill:
-            s[..., at].masked_fill_(hidden == -math.inf, -math.inf)
-        else:
-            s[..., at].add_(hidden)
-    return places
+        terms.append(_split(_side_by_side([work.relative_bias(one)[None] for one in blocks], -1), block))
+    for number, (at, one) in enumerate(zip(spans(blocks), blocks, strict=True)):
+        for part in hidden_parts(one, work, number):
+            places.append((at.start + part.keys.start, at.start + part.keys.stop))
+            hiding.append(_split(part.numbers, block))
+            hidden_by_terms.append(False)
+            by_causality.append(part.by_causality)
+    first = block.keys if len(blocks) > 1 or not block.causal else _first_keys(block)
+    return Logits(
+        q=_split(q, block).contiguous(),
+        k=_side_by_side([one.k for one in blocks], 2),
+        cap=0.0 if block.softcap is None else block.softcap / unit,
+        terms=terms,
+        alpha=1 / unit,
+        distances=distances,
+        slopes=_of_heads(block.alibi, block, -unit),
+        sigmoid=block.normalizer == "sigmoid",
+        sigmoid_bias=None
+        if block.sigmoid_bias is None
+        else _of_heads(block.sigmoid_bias.to(block.dtype) / unit, block),
+        direct=direct,
+        places=places,
+        hiding=hiding,
+        hidden_by_terms=hidden_by_terms,
+        by_causality=by_causality,
+        fill=fill,
+        causal=block.causal and len(blocks) == 1,
+        offset=block.offset,
+        first=first,
+    )
 
 
-def in_compute_precision(problem: Problem) -> Problem:
-    """The problem with keys, values laid out for batched products; a copy only where the caller's layout is another."""
-    k, v = (tensor.to(problem.dtype).contiguous() for tensor in (problem.k, problem.v))
-    return replace(problem, k=k, v=v)
+def _first_keys(block: Problem) -> int:
+    """How many keys rows may see that a causal mask would hide."""
+    return 0 if block.prefix is None or not block.batch else int(block.prefix.max())
+
+
+def prepared(problem: Problem) -> Problem:
+    """The problem with keys and values in its precision, laid out for batched products.
+
+    A copy where the caller's layout is another, and where few key heads are shared by many heads: strips are of key
+    heads, and of too few of them some cores would get none.
+    """
+    parts = 1
+    while problem.batch * problem.key_heads * parts < ENOUGH_STRIPS and parts < problem.group:
+        parts = next(size for size in range(parts + 1, problem.group + 1) if problem.group % size == 0)
+    k, v = (tensor.to(problem.dtype) for tensor in (problem.k, problem.v))
+    if parts > 1:
+        k, v = (tensor.repeat_interleave(parts, 1) for tensor in (k, v))
+    return replace(problem, k=k.contiguous(), v=v.contiguous())

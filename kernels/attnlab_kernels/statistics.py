@@ -17,10 +17,10 @@ from torch.nn.functional import one_hot, pad
 
 from attnlab_kernels.counts import has_closed_form, keys_seen, queries_seeing
 from attnlab_kernels.emit import Emitted
-from attnlab_kernels.exponentials import NEAR_SCORES, steps
+from attnlab_kernels.inner_loop import NEAR_SCORES, steps
 from attnlab_kernels.problem import Problem, cut_broadcast
 from attnlab_kernels.request import Request
-from attnlab_kernels.rows import Rows, spans
+from attnlab_kernels.rows import Asked, OverQueries, Rows, softmax_parts, spans, spend_parts
 from attnlab_kernels.tiles import Tile
 from attnlab_kernels.workspace import Workspace
 
@@ -74,55 +74,86 @@ class Collector:
     def _zeros(self, name: str, *shape: int) -> None:
         self.found[name] = torch.zeros(shape, dtype=self.problem.dtype, device=self.problem.q.device)
 
-    def add(self, tiles: list[Tile], blocks: list[Problem], rows: Rows, work: Workspace) -> None:
-        """Read everything asked for off a tile. The shares are overwritten last.
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is read off the entries that needs all of a tile's at a time."""
+        emit, request = self.request.emit, self.request
+        wanted = (request.query_probes, request.gather, request.rows, request.columns, emit.top_k)
+        probes = self.problem.key_probes is not None
+        return probes or emit.head_gram or any(x is not None for x in wanted) or bool(request.pools or request.edges)
+
+    def add(self, tiles: list[Tile], blocks: list[Problem], work: Workspace) -> None:
+        """Compute a tile and read everything asked for off it.
 
         Args:
             tiles: the tile, or its parts where keys between are left out; they differ in their keys alone.
             blocks: the problem, cut to each of them.
-            rows: of all of them, side by side.
             work: the core's buffers.
         """
-        tile = tiles[0]
+        tile, emit = tiles[0], self.request.emit
         h = slice(tile.n.start * blocks[0].group, tile.n.stop * blocks[0].group)
-        self._write_rows((tile.b, h, tile.i), tiles, blocks, rows)
-        self._write_entries(tiles, h, rows)
-        for at, part, block in zip(spans(blocks), tiles, blocks, strict=True):
-            self._add_over_queries(part, h, block, rows, rows.near_shares[..., at], work)
-        if self.request.emit.visible and self.count_entries:
+        asked = Asked(emit.entropy, emit.argmax, emit.collision)
+        if self.keeps:
+            # The shares are overwritten last.
+            p, rows = softmax_parts(blocks, work, asked, self.out[tile.b, h, tile.i])
+            self._write_rows((tile.b, h, tile.i), tiles, rows)
+            self._read_entries((tile.b, h, tile.i), tiles, blocks, rows, p)
+            self._write_entries(tiles, h, rows, p)
+            for at, part, block in zip(spans(blocks), tiles, blocks, strict=True):
+                self._add_over_queries(part, h, block, rows, p[..., at], work)
+        else:
+            over = self._none_yet(blocks)
+            rows = spend_parts(blocks, work, asked, self.out[tile.b, h, tile.i], over)
+            self._write_rows((tile.b, h, tile.i), tiles, rows)
+            for at, part, block in zip(spans(blocks), tiles, blocks, strict=True):
+                self._add_sums((part.b, h, part.j), at, over)
+                if self.request.key_statistics and self.count_entries:
+                    self._count_readers(part, h, _counted(block))
+        if emit.visible and self.count_entries:
             self.found["visible"][tile.b, h, tile.i] = _visible_number(blocks).squeeze(-1)
 
-    def _write_rows(
-        self, row: tuple[slice, slice, slice], tiles: list[Tile], blocks: list[Problem], rows: Rows
-    ) -> None:
-        emit, found, p = self.request.emit, self.found, rows.near_shares
-        block, n_k = blocks[0], p.shape[-1]
-        out: Tensor | None = None
-        probes: Tensor | None = None
-        for at, part in zip(spans(blocks), blocks, strict=True):
-            read = _grouped_product(p[..., at], part.v, part.group)
-            out = read if out is None else out.add_(read)
-            if part.key_probes is not None:
-                read = p[..., at] @ part.key_probes.expand(part.batch, part.heads, -1, -1)
-                probes = read if probes is None else probes.add_(read)
-        if out is not None:
-            self.out[row] = out.mul_(rows.to_weights)
-        if probes is not None:
-            found["key_probes"][row] = probes.mul_(rows.to_weights)
+    def _none_yet(self, blocks: list[Problem]) -> OverQueries:
+        emit, block = self.request.emit, blocks[0]
+        shape = (block.batch, block.heads, sum(one.keys for one in blocks))
+        wanted = (emit.key_sum, emit.key_square, emit.key_max)
+        return OverQueries(*(self.out.new_zeros(shape, dtype=block.dtype) if one else None for one in wanted))
+
+    def _add_sums(self, keys: tuple[slice, slice, slice], at: slice, over: OverQueries) -> None:
+        for name in ("key_sum", "key_square"):
+            sums = getattr(over, name)
+            if sums is not None:
+                self.found[name][keys] += sums[..., at]
+        if over.key_max is not None:
+            largest = self.found["key_max"][keys]
+            torch.maximum(largest, over.key_max[..., at], out=largest)
+
+    def _write_rows(self, row: tuple[slice, slice, slice], tiles: list[Tile], rows: Rows) -> None:
+        emit, found, sinks = self.request.emit, self.found, self.problem.sinks
         if emit.lse:
             found["lse"][row] = rows.lse
         if rows.entropy is not None:
             found["entropy"][row] = rows.entropy
         if emit.max_probability:
             found["max_probability"][row] = rows.max_share
-        if emit.argmax and rows.argmax is not None:
+        if rows.argmax is not None:
             found["argmax"][row] = torch.where(rows.argmax < 0, -1, _to_keys(rows.argmax, tiles))
-        if emit.collision:
-            norm = torch.linalg.vector_norm(p, dim=-1)
-            found["collision"][row] = (norm * rows.to_shares.squeeze(-1)).square_()
-        if block.sinks is not None:
-            sinks = block.sinks.to(block.dtype)[:, None]
+        if rows.collision is not None:
+            found["collision"][row] = rows.collision
+        if sinks is not None:
+            sinks = sinks[row[1]].to(self.problem.dtype)[:, None]
             found["learned_sink_mass"][row] = torch.where(sinks == -math.inf, 0, torch.exp(sinks - rows.lse))
+
+    def _read_entries(
+        self, row: tuple[slice, slice, slice], tiles: list[Tile], blocks: list[Problem], rows: Rows, p: Tensor
+    ) -> None:
+        emit, found, n_k = self.request.emit, self.found, p.shape[-1]
+        probes: Tensor | None = None
+        for at, part in zip(spans(blocks), blocks, strict=True):
+            if part.key_probes is not None:
+                read = p[..., at] @ part.key_probes.expand(part.batch, part.heads, -1, -1)
+                probes = read if probes is None else probes.add_(read)
+        if probes is not None:
+            found["key_probes"][row] = probes.mul_(rows.to_weights)
         if emit.top_k is not None and n_k:
             k = min(emit.top_k, n_k)
             values, keys = _top(p, k)
@@ -134,8 +165,8 @@ class Collector:
             found["top_k_values"][row][..., :k] = (values * rows.to_shares).masked_fill_(absent, 0)
             found["top_k_keys"][row][..., :k] = _to_keys(keys, tiles).masked_fill_(absent, -1)
 
-    def _write_entries(self, tiles: list[Tile], h: slice, rows: Rows) -> None:
-        request, p, tile = self.request, rows.near_shares, tiles[0]
+    def _write_entries(self, tiles: list[Tile], h: slice, rows: Rows, p: Tensor) -> None:
+        request, tile = self.request, tiles[0]
         for name, index in (("gathered", request.gather), ("columns", request.columns)):
             if index is None or not p.shape[-1]:
                 continue
@@ -269,13 +300,6 @@ def add_block_sums(total: Tensor, size: int, tile: Tile, p: Tensor, factor: Tens
     padding = (tile.j.start - start * size, stop * size - tile.j.stop)
     sums = pad(sums, padding).unflatten(-1, (stop - start, size)).sum(-1)
     total[:, :, first : last + 1, start:stop] += sums
-
-
-def _grouped_product(p: Tensor, v: Tensor, group: int) -> Tensor:
-    """[b, h, i, j] times [b, n, j, d] with each key head shared by `group` query heads."""
-    b, h, n_q, n_k = p.shape
-    flat = p.view(b * h // group, group * n_q, n_k)
-    return torch.bmm(flat, v.reshape(b * h // group, n_k, v.shape[-1])).view(b, h, n_q, v.shape[-1])
 
 
 def _visible_number(blocks: list[Problem]) -> Tensor:

@@ -20,7 +20,7 @@ from attnlab_kernels.problem import Problem
 from attnlab_kernels.tiles import Tile
 from attnlab_kernels.workspace import Workspace
 
-WORTH_THREADS = 1 << 18
+WORTH_THREADS = 1 << 20
 """Scores below which more than one core costs more than it saves."""
 
 

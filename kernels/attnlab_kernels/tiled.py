@@ -8,10 +8,10 @@ from attnlab_kernels.emit import Emitted
 from attnlab_kernels.hidden import without_idle_masks
 from attnlab_kernels.problem import Problem
 from attnlab_kernels.request import Request
-from attnlab_kernels.rows import in_compute_precision, softmax_parts
+from attnlab_kernels.rows import prepared
 from attnlab_kernels.statistics import Collector
 from attnlab_kernels.strips import run_strips
-from attnlab_kernels.tiles import CACHE_SCORES, Tile, plan_strips, without_gap
+from attnlab_kernels.tiles import CACHE_SCORES, SPENT_ROWS, SPENT_TIMES, Tile, plan_strips, without_gap
 from attnlab_kernels.workspace import Workspace
 
 
@@ -25,15 +25,18 @@ def tiled_attention(problem: Problem, request: Request, scores: int = CACHE_SCOR
         request: the statistics asked for.
         scores: how many entries of the pattern may exist at one time.
     """
-    problem = in_compute_precision(problem)
-    emit = request.emit
+    problem = prepared(problem)
     collector = Collector(problem, request)
 
     def run(strip: list[Tile], work: Workspace) -> None:
         for tile in strip:
             parts = without_gap(problem, tile)
             blocks = [without_idle_masks(problem.cut(*part)) for part in parts]
-            collector.add(parts, blocks, softmax_parts(blocks, work, emit.entropy, emit.argmax), work)
+            collector.add(parts, blocks, work)
 
-    run_strips(run, plan_strips(problem, all_heads=emit.head_gram, scores=scores, gaps=True), problem)
+    if collector.keeps:
+        strips = plan_strips(problem, request.emit.head_gram, scores, gaps=True)
+    else:
+        strips = plan_strips(problem, False, SPENT_TIMES * scores, True, SPENT_ROWS)
+    run_strips(run, strips, problem)
     return collector.finish()

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnlab_kernels.hidden import without_idle_masks
 from attnlab_kernels.problem import Problem, cut_broadcast
 from attnlab_kernels.product_request import GradientProducts, ProductRequest
-from attnlab_kernels.rows import in_compute_precision, softmax_parts, spans
+from attnlab_kernels.rows import Asked, prepared, softmax_parts, spans
 from attnlab_kernels.statistics import add_block_sums
 from attnlab_kernels.strips import run_strips
 from attnlab_kernels.tiles import CACHE_SCORES, Tile, plan_strips, without_gap
@@ -32,7 +32,7 @@ def tiled_products(
         request: what to compute.
         scores: how many entries of the pattern may exist at one time.
     """
-    problem = in_compute_precision(problem)
+    problem = prepared(problem)
     b, h, n_q, n_k = problem.batch, problem.heads, problem.queries, problem.keys
 
     def zeros(*shape: int) -> Tensor:
@@ -90,8 +90,8 @@ def _entries(blocks: list[Problem], grad_out: Tensor, removal: bool, work: Works
         )
     if removal and n_k:
         return _loss_change(blocks, gradient, work)
-    found = softmax_parts(blocks, work, entropy=False, argmax=False)
-    return gradient.mul_(found.near_shares).mul_(found.to_weights).relu_()
+    near_shares, found = softmax_parts(blocks, work, Asked())
+    return gradient.mul_(near_shares).mul_(found.to_weights).relu_()
 
 
 def _loss_change(blocks: list[Problem], gradient: Tensor, work: Workspace) -> Tensor:
@@ -100,8 +100,8 @@ def _loss_change(blocks: list[Problem], gradient: Tensor, work: Workspace) -> Te
     Near A = 1, which only a row's largest entry comes near, 1 - A loses its digits: that entry is compared with the
     mean of G over the others, whose sums are taken without it.
     """
-    found = softmax_parts(blocks, work, entropy=False, argmax=True)
-    weights = torch.mul(found.near_shares, found.to_weights, out=work.take("weights", *gradient.shape))
+    near_shares, found = softmax_parts(blocks, work, Asked(argmax=True))
+    weights = torch.mul(near_shares, found.to_weights, out=work.take("weights", *gradient.shape))
     assert found.argmax is not None
     place = found.argmax.clamp(min=0)[..., None]
     largest, its_gradient = weights.gather(-1, place), gradient.gather(-1, place)
@@ -125,11 +125,9 @@ def _mean_of_others(blocks: list[Problem], largest: Tensor, gradient: Tensor, wo
     The largest entry's own G where there is no other, so that removing it changes nothing.
     """
     visible = torch.ones_like(gradient, dtype=torch.bool).scatter_(-1, largest, False)
-    found = softmax_parts(
-        [_masked(block, visible[..., at]) for at, block in zip(spans(blocks), blocks, strict=True)],
-        work, entropy=False, argmax=False,
-    )  # fmt: skip
-    mean = torch.linalg.vecdot(found.near_shares, gradient)[..., None] * found.to_weights
+    masked = [_masked(block, visible[..., at]) for at, block in zip(spans(blocks), blocks, strict=True)]
+    near_shares, found = softmax_parts(masked, work, Asked())
+    mean = torch.linalg.vecdot(near_shares, gradient)[..., None] * found.to_weights
     return torch.where(found.lse[..., None] == -math.inf, gradient.gather(-1, largest), mean)
 
 

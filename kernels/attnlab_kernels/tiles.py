@@ -14,7 +14,10 @@ from attnlab_kernels.problem import Problem
 from attnlab_kernels.reach import Reach, key_reach
 
 CACHE_SCORES = 1 << 20
-"""Scores in one tile. A processor core has two such buffers, 4 MB of float32, which stay near its caches."""
+"""Scores in one tile whose weights are kept: 4 MB of float32, which stay near a core's caches."""
+
+SPENT_TIMES, SPENT_ROWS = 4, 1024
+"""Of a tile whose weights are not kept, of which a few rows exist at a time: so many times larger."""
 
 ENOUGH_STRIPS = 6
 """Heads and batch rows share a tile, which spares small operations, as long as so many strips are left for the cores.
@@ -22,6 +25,9 @@ ENOUGH_STRIPS = 6
 Not a multiple of the cores: results are to be the same to the last bit on any number of them. They are while
 there are fewer than two cores for a strip; with more, torch parts a tile's products and sums in other orders.
 """
+
+WORTH_A_STRIP = 1 << 17
+"""Scores below which a strip of its own costs more than it spares."""
 
 MIN_ROWS, MAX_ROWS = 16, 256
 """Rows of a tile for one head. Few starve the matrix product, many read hidden entries along the causal edge."""
@@ -40,7 +46,11 @@ class Tile(NamedTuple):
 
 
 def plan_strips(
-    problem: Problem, all_heads: bool = False, scores: int = CACHE_SCORES, gaps: bool = False
+    problem: Problem,
+    all_heads: bool = False,
+    scores: int = CACHE_SCORES,
+    gaps: bool = False,
+    most_rows: int = MAX_ROWS,
 ) -> list[list[Tile]]:
     """Strips of tiles in a fixed order that cover every row once, rows that see no key included.
 
@@ -49,15 +59,19 @@ def plan_strips(
         scores: how many entries a tile may hold.
         all_heads: keep all heads of a batch row in one tile, for statistics of pairs of heads.
         gaps: whether the tiles will be parted by `without_gap`, so that keys in the gap take no room.
+        most_rows: of a head in a tile; fewer where rows differ in their keys, or something of a tile's size is kept.
     """
     if not (problem.batch and problem.heads and problem.queries):
         return []
     widest = max(1, min(problem.keys, _widest(problem, gaps)))
     a_row = widest * problem.group
+    if any(x is not None for x in _unlike_rows(problem)):
+        most_rows = min(most_rows, MAX_ROWS)
     heads = problem.key_heads
-    shared = max(1, problem.batch * heads // ENOUGH_STRIPS)
+    strips_wanted = problem.batch * problem.heads * problem.queries * problem.keys // WORTH_A_STRIP
+    shared = max(1, problem.batch * heads // max(1, min(strips_wanted, ENOUGH_STRIPS)))
     if not all_heads:
-        heads = max(1, min(heads, shared, scores // (a_row * min(problem.queries, MAX_ROWS))))
+        heads = max(1, min(heads, shared, scores // (a_row * min(problem.queries, most_rows))))
     batches = 1
     if heads == problem.key_heads:
         batches = max(1, min(problem.batch, shared // heads, scores // (a_row * heads * problem.queries)))
@@ -68,16 +82,22 @@ def plan_strips(
         for n in _spans(problem.key_heads, heads):
             rows = (b.stop - b.start) * (n.stop - n.start) * problem.group
             if rows not in by_rows:
-                by_rows[rows] = list(_down(problem, b, scores // rows, reach, gaps))
+                by_rows[rows] = list(_down(problem, b, scores // rows, reach, gaps, most_rows))
             strips.append([Tile(b, n, i, j) for i, j in by_rows[rows]])
     return strips
 
 
-def _down(problem: Problem, b: slice, scores: int, reach: Reach, gaps: bool) -> Iterator[tuple[slice, slice]]:
+def _unlike_rows(problem: Problem) -> tuple[object, ...]:
+    return problem.window, problem.mask, problem.query_segments, problem.alibi, problem.relative_bias
+
+
+def _down(
+    problem: Problem, b: slice, scores: int, reach: Reach, gaps: bool, most_rows: int
+) -> Iterator[tuple[slice, slice]]:
     """Queries and keys of each tile of a strip, with so many scores for each head and batch row."""
     start = 0
     while start < problem.queries:
-        stop = reach.aligned(b, start, min(problem.queries, start + MAX_ROWS), WORTH_A_CUT)
+        stop = reach.aligned(b, start, min(problem.queries, start + most_rows), WORTH_A_CUT)
         keys = _keys_seen(problem, b, slice(start, stop), reach)
         width = _length(keys)
         if gaps:

@@ -41,7 +41,7 @@ def test_a_call_that_begins_inside_another_and_outlives_it_leaves_the_number_of_
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_strips_that_have_not_begun_are_left_out_after_an_error(error: type[BaseException]) -> None:
-    problem = resolve_problem(*torch.randn(3, 1, 60, 128, 8))
+    problem = resolve_problem(*torch.randn(3, 1, 80, 128, 8))
     strip = plan_strips(problem)[0]
     begun = []
 

@@ -1,6 +1,7 @@
 """What the tiled backend does beside the contract: double precision, gradients, threads, memory that grows as N."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -79,9 +80,10 @@ def test_layout_in_memory_does_not_matter() -> None:
     torch.testing.assert_close(strided.emitted.key_sum, plain.emitted.key_sum)
 
 
-def test_two_runs_and_any_number_of_threads_give_the_same_bytes() -> None:
+@pytest.mark.parametrize("of_entries", [{}, {"pool": 32, "offsets": [0, 1, 8, 600]}], ids=["spent", "kept"])
+def test_two_runs_and_any_number_of_threads_give_the_same_bytes(of_entries: dict[str, Any]) -> None:
     q, k, v = torch.randn(3, 1, 4, 600, 16)
-    emit = Emit(**EVERY_ROW_STATISTIC, key_sum=True, key_square=True, key_max=True, pool=32, offsets=[0, 1, 8, 600])
+    emit = Emit(**EVERY_ROW_STATISTIC, key_sum=True, key_square=True, key_max=True, **of_entries)
     threads = torch.get_num_threads()
     found = []
     for number in (threads, threads, 1):
@@ -116,8 +118,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_grows_as_the_square_of_the_length() -> None:
-    emit = Emit(**EVERY_ROW_STATISTIC, key_sum=True, key_max=True, offsets=[0, 1, 5000], top_k=2)
+@pytest.mark.parametrize("of_entries", [{}, {"offsets": [0, 1, 5000], "top_k": 2}], ids=["spent", "kept"])
+def test_no_tensor_grows_as_the_square_of_the_length(of_entries: dict[str, Any]) -> None:
+    emit = Emit(**EVERY_ROW_STATISTIC, key_sum=True, key_max=True, **of_entries)
     threads = torch.get_num_threads()
     largest = []
     for length in (1024, 4096):
@@ -130,3 +133,43 @@ def test_no_tensor_grows_as_the_square_of_the_length() -> None:
         torch.set_num_threads(threads)
         largest.append(seen.numbers)
     assert largest[1] <= 4.5 * largest[0]
+
+
+@pytest.mark.parametrize(("bias", "size"), [(-5.0, 1.0), (-45.0, 1.0), (-80.0, 1.0), (0.0, 60.0)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sigmoids_far_from_one_keep_their_digits(bias: float, size: float, padded: bool) -> None:
+    """Their sums are of the weights themselves while these tell, and of their logarithms below."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 90, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    exists = torch.ones(2, 90, dtype=torch.bool)
+    exists[1, :7] = not padded
+    options = {
+        "normalizer": "sigmoid", "sigmoid_bias": torch.full((3,), bias), "causal": True,
+        "key_mask": exists, "query_mask": exists,
+    }  # fmt: skip
+    emit = Emit(**EVERY_ROW_STATISTIC, key_sum=True, key_square=True, key_max=True)
+    exact = attention(size * q, k, v, **options, emit=emit, backend="dense")
+    dense, tiled = (
+        attention(size * q.float(), k.float(), v.float(), **options, emit=emit, backend=backend)
+        for backend in ("dense", "tiled")
+    )
+    for name, want in flat(exact.emitted).items():
+        near = [flat(found.emitted)[name].double()[..., 7:] for found in (dense, tiled)]
+        error, bound = ((got - want[..., 7:]).abs().max() for got in reversed(near))
+        # Each of 90 summands may be too small to be a normal number, and counts as zero then.
+        limits = torch.finfo(torch.float32)
+        assert error <= 2 * bound + 16 * limits.eps * want[..., 7:].abs().max() + 90 * limits.tiny, name
+    assert torch.equal(tiled.emitted.lse == -math.inf, exact.emitted.lse == -math.inf)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(12, 1), (6, 3), (8, 2), (12, 12)])
+def test_heads_that_share_keys_are_the_same_as_heads_with_copies(heads: int, key_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, heads, 400, 8, generator=generator)
+    k, v = torch.randn(2, 2, key_heads, 400, 8, generator=generator)
+    emit = Emit(**EVERY_ROW_STATISTIC, key_sum=True, key_square=True, key_max=True)
+    shared = attention(q, k, v, causal=True, emit=emit)
+    own = attention(q, *(x.repeat_interleave(heads // key_heads, 1) for x in (k, v)), causal=True, emit=emit)
+    torch.testing.assert_close(shared.out, own.out)
+    for name, value in flat(shared.emitted).items():
+        torch.testing.assert_close(value, flat(own.emitted)[name], msg=name)
