@@ -63,7 +63,7 @@ def hidden_parts(block: Problem, work: Workspace, number: int = 0) -> Iterator[H
         yield Hidden(every, additive(block.mask, block.dtype, work, f"mask {number}"))
 
 
-def additive(visible: Tensor, dtype: torch.dtype, work: Workspace | None = None, name: str = "hidden") -> Tensor:
+def additive(visible: Tensor, dtype: torch.dtype, work: Workspace | None = None, name: str = "") -> Tensor:
     """0 where True, -inf where False: the bits of -inf are those of minus one, moved past the mantissa.
 
     Example:

@@ -7,6 +7,7 @@ entropy = ln Z - sum(e^t t) / Z keeps its digits whatever the size of the logits
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.hidden import hidden_parts
-from attnlab_kernels.inner_loop import LEAST_ROWS, NEAR_SCORES, Logits, Numbers, Spending, Sums, chunk_scores, steps
+from attnlab_kernels.inner_loop import LEAST_ROWS, NEAR_SCORES, chunk_scores, steps
 from attnlab_kernels.problem import Problem
+from attnlab_kernels.strips import worth_threads
+from attnlab_kernels.tile_parts import Hiding, Logits, Numbers, Spending, Sums
 from attnlab_kernels.tiles import ENOUGH_STRIPS
 from attnlab_kernels.workspace import Workspace
 
@@ -24,8 +27,12 @@ _LOG_2 = math.log(2)
 _LARGE = 1024
 """Logits from which on the rounding by one more factor shows beside the others."""
 
-_SMALL = 2.0**-60
-"""Sigmoids from which on the others of a row, down to the smallest float32, are all that its sums can show."""
+_SMALL = -60 * _LOG_2
+"""Logarithm of a row's largest sigmoid from which on the others, down to the smallest float32, are all that counts."""
+
+
+LEAST_QUERIES = 64
+"""Queries from which on keys may be copied for some of the heads that share them."""
 
 
 class Asked(NamedTuple):
@@ -90,7 +97,7 @@ def _spending(blocks: list[Problem], out: Tensor, over: OverQueries) -> Spending
     return Spending(
         v=_side_by_side([one.v for one in blocks], 2),
         out=_split(out, block),
-        sink=_of_heads(block.sinks, block),
+        sink=_by_head(block.sinks, block),
         padding=None if block.query_mask is None else ~block.query_mask[:, None, None, :, None],
         **{name: None if x is None else _split(x, block) for name, x in vars(over).items()},
     )
@@ -98,22 +105,30 @@ def _spending(blocks: list[Problem], out: Tensor, over: OverQueries) -> Spending
 
 def _rows(blocks: list[Problem], work: Workspace, asked: Asked, p: Tensor | None, spending: Spending | None) -> Rows:
     block = blocks[0]
-    if block.normalizer == "sigmoid" and block.bias is None and not asked.argmax:
-        # The weights themselves, unless they are so small, or NaN, that only their logarithms tell.
-        found = _sum_rows(_logits(blocks, work, -_LOG_2, direct=True), 1.0, asked, work, p, spending)
-        if found.lowest > _SMALL:
-            return _finished(found._replace(top=torch.zeros_like(found.top)), 1.0, block, found.top)
+
+    def take(unit: float, fill: bool = False, direct: bool = False) -> _Found:
+        logits = _logits(blocks, work, -_LOG_2 if direct else unit, fill, direct)
+        return _sum_rows(logits, unit, asked, work, p, spending)
+
+    if block.normalizer == "sigmoid" and block.bias is None and not asked.argmax and not work.small:
+        # Without their logarithms, unless they are so small, or NaN, that only these tell.
+        found = take(1.0, direct=True)
+        work.small = math.isnan(found.highest) or _any(found, lambda top: top < _SMALL)
+        if not work.small:
+            return _finished(found, 1.0, block)
     # Exponents of two, since torch's exponential is twenty times slower on -inf and wherever it underflows. The factor
     # that makes them rides along with another where no logit loses digits by it that matter.
-    unit = _LOG_2 if block.bias is None and block.normalizer == "softmax" else 1.0
-    found = _sum_rows(_logits(blocks, work, unit), unit, asked, work, p, spending)
+    unit = _LOG_2 if block.bias is None and block.normalizer == "softmax" and not work.large else 1.0
+    found = take(unit)
     fill = math.isnan(found.highest)
     if fill:
         # What is hidden may hold infinity or NaN, which -inf does not hide by being added.
-        found = _sum_rows(_logits(blocks, work, unit, fill), unit, asked, work, p, spending)
-    if unit != 1 and _too_large(found):
-        unit = 1.0
-        found = _sum_rows(_logits(blocks, work, unit, fill), unit, asked, work, p, spending)
+        found = take(unit, fill)
+    if unit != 1:
+        work.large = _any(found, lambda top: top.abs() > _LARGE)
+        if work.large:
+            unit = 1.0
+            found = take(unit, fill)
     return _finished(found, unit, block)
 
 
@@ -122,7 +137,7 @@ def _split(x: Tensor, block: Problem) -> Tensor:
     return x.unflatten(1, (block.key_heads, block.group) if x.shape[1] == block.heads else (1, 1))
 
 
-def _of_heads(x: Tensor | None, block: Problem, unit: float = 1.0) -> Tensor | None:
+def _by_head(x: Tensor | None, block: Problem, unit: float = 1.0) -> Tensor | None:
     """[h] as [1, n, g, 1, 1] over `unit`, in the precision of the sums."""
     return None if x is None else (x.to(block.dtype) / unit).view(1, block.key_heads, block.group, 1, 1)
 
@@ -131,13 +146,14 @@ def _side_by_side(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-def _too_large(sums: _Found) -> bool:
-    if not sums.lowest > -math.inf:
-        return bool(((sums.top.abs() > _LARGE) & (sums.top != -math.inf)).any())
-    return sums.highest > _LARGE or sums.lowest < -_LARGE
+def _any(found: _Found, holds: Callable[[Tensor], Tensor]) -> bool:
+    """Whether something holds of the largest logit of a row that sees a key."""
+    if found.lowest > -math.inf:
+        return bool(holds(torch.tensor([found.lowest, found.highest])).any())
+    return bool((holds(found.top) & (found.top != -math.inf)).any())
 
 
-def _finished(found: _Found, unit: float, block: Problem, largest: Tensor | None = None) -> Rows:
+def _finished(found: _Found, unit: float, block: Problem) -> Rows:
     """What each row's sums give. Nearly every tile has a key for each of its rows, and is spared the questions."""
     empty: Tensor | None = None
     total = found.total
@@ -159,7 +175,7 @@ def _finished(found: _Found, unit: float, block: Problem, largest: Tensor | None
         to_weights=torch.exp(top) if block.normalizer == "sigmoid" else to_shares,
         to_shares=to_shares,
         lse=lse.squeeze(-1),
-        max_share=(to_shares if largest is None else largest * to_shares).squeeze(-1),
+        max_share=to_shares.squeeze(-1),
         entropy=None if own_entropy is None else own_entropy.squeeze(-1),
         argmax=None if best is None else best.squeeze(-1),
         collision=None if found.norm is None else (found.norm * to_shares).square_().squeeze(-1),
@@ -208,8 +224,8 @@ def _sum_rows(
         low, high = steps().tile_rows(logits, sums, spending, numbers, s, chunk).tolist()
     else:
         low = high = -math.inf
-    flat = [None if x is None else x.flatten(1, 2) for x in (top, total, product, best, norm)]
-    return _Found(*flat, low, high)  # type: ignore[arg-type]
+    product, best, norm = (None if x is None else x.flatten(1, 2) for x in (product, best, norm))
+    return _Found(top.flatten(1, 2), total.flatten(1, 2), product, best, norm, low, high)
 
 
 def spans(blocks: list[Problem]) -> list[slice]:
@@ -224,17 +240,11 @@ def _logits(blocks: list[Problem], work: Workspace, unit: float, fill: bool = Fa
     factor = block.scale / (unit if block.softcap is None else block.softcap)
     q = torch.mul(block.q, factor) if block.q.dtype == block.dtype else block.q.to(block.dtype).mul_(factor)
     terms: list[Tensor] = []
-    places: list[tuple[int, int]] = []
-    hiding: list[Tensor] = []
-    hidden_by_terms: list[bool] = []
-    by_causality: list[bool] = []
+    hiding: list[Hiding] = []
     if block.bias is not None:
         biases = [one.bias.to(one.dtype).expand(-1, -1, -1, one.keys) for one in blocks if one.bias is not None]
         terms.append(_split(_side_by_side(biases, -1), block))
-        places.append((0, terms[0].shape[-1]))
-        hiding.append(terms[0])
-        hidden_by_terms.append(True)
-        by_causality.append(False)
+        hiding.append(Hiding(0, terms[0].shape[-1], terms[0], added=True, by_causality=False))
     distances: Tensor | None = None
     if block.alibi is not None:
         distances = _split(_side_by_side([work.distances(one)[None] for one in blocks], -1), block)
@@ -242,10 +252,8 @@ def _logits(blocks: list[Problem], work: Workspace, unit: float, fill: bool = Fa
         terms.append(_split(_side_by_side([work.relative_bias(one)[None] for one in blocks], -1), block))
     for number, (at, one) in enumerate(zip(spans(blocks), blocks, strict=True)):
         for part in hidden_parts(one, work, number):
-            places.append((at.start + part.keys.start, at.start + part.keys.stop))
-            hiding.append(_split(part.numbers, block))
-            hidden_by_terms.append(False)
-            by_causality.append(part.by_causality)
+            first, last = at.start + part.keys.start, at.start + part.keys.stop
+            hiding.append(Hiding(first, last, _split(part.numbers, block), False, part.by_causality))
     first = block.keys if len(blocks) > 1 or not block.causal else _first_keys(block)
     return Logits(
         q=_split(q, block).contiguous(),
@@ -254,16 +262,11 @@ def _logits(blocks: list[Problem], work: Workspace, unit: float, fill: bool = Fa
         terms=terms,
         alpha=1 / unit,
         distances=distances,
-        slopes=_of_heads(block.alibi, block, -unit),
+        slopes=_by_head(block.alibi, block, -unit),
         sigmoid=block.normalizer == "sigmoid",
-        sigmoid_bias=None
-        if block.sigmoid_bias is None
-        else _of_heads(block.sigmoid_bias.to(block.dtype) / unit, block),
+        sigmoid_bias=None if block.sigmoid_bias is None else _by_head(block.sigmoid_bias.to(block.dtype) / unit, block),
         direct=direct,
-        places=places,
         hiding=hiding,
-        hidden_by_terms=hidden_by_terms,
-        by_causality=by_causality,
         fill=fill,
         causal=block.causal and len(blocks) == 1,
         offset=block.offset,
@@ -279,13 +282,13 @@ def _first_keys(block: Problem) -> int:
 def prepared(problem: Problem) -> Problem:
     """The problem with keys and values in its precision, laid out for batched products.
 
-    A copy where the caller's layout is another, and where few key heads are shared by many heads: strips are of key
-    heads, and of too few of them some cores would get none.
+    A copy where the caller's layout is another, and where few key heads are shared by many: strips are of key heads,
+    and of too few of them some cores would get none. Of few queries the copies would cost more than that spares.
     """
-    parts = 1
-    while problem.batch * problem.key_heads * parts < ENOUGH_STRIPS and parts < problem.group:
-        parts = next(size for size in range(parts + 1, problem.group + 1) if problem.group % size == 0)
     k, v = (tensor.to(problem.dtype) for tensor in (problem.k, problem.v))
-    if parts > 1:
-        k, v = (tensor.repeat_interleave(parts, 1) for tensor in (k, v))
+    strips = problem.batch * problem.key_heads
+    if 0 < strips < ENOUGH_STRIPS and problem.queries >= LEAST_QUERIES and worth_threads(problem):
+        fitting = [n for n in range(1, problem.group + 1) if problem.group % n == 0 and n * strips <= 2 * ENOUGH_STRIPS]
+        copies = next((n for n in fitting if n * strips >= ENOUGH_STRIPS), fitting[-1])
+        k, v = (tensor.repeat_interleave(copies, 1) if copies > 1 else tensor for tensor in (k, v))
     return replace(problem, k=k.contiguous(), v=v.contiguous())

@@ -102,7 +102,7 @@ class Collector:
             for at, part, block in zip(spans(blocks), tiles, blocks, strict=True):
                 self._add_over_queries(part, h, block, rows, p[..., at], work)
         else:
-            over = self._none_yet(blocks)
+            over = self._zeroed_sums(blocks)
             rows = spend_parts(blocks, work, asked, self.out[tile.b, h, tile.i], over)
             self._write_rows((tile.b, h, tile.i), tiles, rows)
             for at, part, block in zip(spans(blocks), tiles, blocks, strict=True):
@@ -112,7 +112,7 @@ class Collector:
         if emit.visible and self.count_entries:
             self.found["visible"][tile.b, h, tile.i] = _visible_number(blocks).squeeze(-1)
 
-    def _none_yet(self, blocks: list[Problem]) -> OverQueries:
+    def _zeroed_sums(self, blocks: list[Problem]) -> OverQueries:
         emit, block = self.request.emit, blocks[0]
         shape = (block.batch, block.heads, sum(one.keys for one in blocks))
         wanted = (emit.key_sum, emit.key_square, emit.key_max)

@@ -20,8 +20,11 @@ from attnlab_kernels.problem import Problem
 from attnlab_kernels.tiles import Tile
 from attnlab_kernels.workspace import Workspace
 
-WORTH_THREADS = 1 << 20
-"""Scores below which more than one core costs more than it saves."""
+WORTH_THREADS = 1 << 27
+"""Products of numbers, and keys and values read, below which more than one core costs more than it saves."""
+
+A_READ = 8
+"""Products that take as long as to read a number of k or v."""
 
 
 class _OwnThreads:
@@ -55,13 +58,20 @@ class _OwnThreads:
 _own_threads = _OwnThreads()
 
 
+def worth_threads(problem: Problem) -> bool:
+    """Whether a problem is large enough for several cores."""
+    scores, read = problem.heads * problem.queries * problem.keys, problem.key_heads * problem.keys
+    widths = problem.q.shape[-1] + problem.v.shape[-1]
+    return problem.batch * (scores + A_READ * read) * widths >= WORTH_THREADS
+
+
 def run_strips(run: Callable[[list[Tile], Workspace], None], strips: list[list[Tile]], problem: Problem) -> None:
     """Call `run` once for each strip, with a workspace that no other thread uses at the time."""
     if problem.q.device.type != "cpu":
         _run_here(run, strips, Workspace(problem))
         return
     with _own_threads.put_back() as threads:
-        small = problem.batch * problem.heads * problem.queries * problem.keys < WORTH_THREADS
+        small = not worth_threads(problem)
         if small:
             torch.set_num_threads(1)
         if small or min(threads, len(strips)) < 2:

@@ -29,6 +29,7 @@ def tiled_attention(problem: Problem, request: Request, scores: int = CACHE_SCOR
     collector = Collector(problem, request)
 
     def run(strip: list[Tile], work: Workspace) -> None:
+        work.begin()
         for tile in strip:
             parts = without_gap(problem, tile)
             blocks = [without_idle_masks(problem.cut(*part)) for part in parts]

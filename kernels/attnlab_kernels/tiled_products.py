@@ -44,6 +44,7 @@ def tiled_products(
     left = None if request.left is None else zeros(n_k, request.left.shape[-1])
 
     def run(strip: list[Tile], work: Workspace) -> None:
+        work.begin()
         for tile in strip:
             parts = without_gap(problem, tile)
             blocks = [without_idle_masks(problem.cut(*part)) for part in parts]

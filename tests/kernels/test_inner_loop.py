@@ -8,19 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from attnlab_kernels import Emit, attention
-from attnlab_kernels.inner_loop import (
-    IN_PYTHON,
-    NEAR_SCORES,
-    Logits,
-    Numbers,
-    Spending,
-    Steps,
-    Sums,
-    _in_torch,
-    log_sigmoid,
-    steps,
-    tile_rows,
-)
+from attnlab_kernels.inner_loop import IN_PYTHON, NEAR_SCORES, Steps, _read_once, log_sigmoid, steps, tile_rows
+from attnlab_kernels.tile_parts import Hiding, Logits, Numbers, Spending, Sums
 from attnlab_kernels.workspace import SPARE_BYTES, _Spares
 
 INTERPRETERS = pytest.mark.parametrize("run", [IN_PYTHON, steps()], ids=["python", "torchscript"])
@@ -49,10 +38,7 @@ def logits(**changes: object) -> Logits:
         sigmoid=False,
         sigmoid_bias=None,
         direct=False,
-        places=[(0, NK), (40, NK)],
-        hiding=[seventh, mask],
-        hidden_by_terms=[False, False],
-        by_causality=[False, False],
+        hiding=[Hiding(0, NK, seventh, False, False), Hiding(40, NK, mask, False, False)],
         fill=False,
         causal=False,
         offset=0,
@@ -70,8 +56,9 @@ def by_definition(of: Logits) -> torch.Tensor:
         s = s + of.distances * of.slopes
     if of.sigmoid:
         s = torch.nn.functional.logsigmoid(s if of.sigmoid_bias is None else s + of.sigmoid_bias)
-    for (first, last), hiding in zip(of.places, of.hiding, strict=True):
-        s[..., first:last] = s[..., first:last].masked_fill(hiding == -math.inf, -math.inf)
+    for part in of.hiding:
+        keys = slice(part.first, part.last)
+        s[..., keys] = s[..., keys].masked_fill(part.numbers == -math.inf, -math.inf)
     return s
 
 
@@ -101,10 +88,7 @@ CHANGES = {
     "sigmoid": {"sigmoid": True, "sigmoid_bias": random(1, N, G, 1, 1, seed=4)},
     "fill": {"fill": True},
     "a mask for each head": {
-        "places": [(0, NK)],
-        "hiding": [torch.where(random(B, N, G, NQ, NK, seed=5) > 0, 0.0, -math.inf)],
-        "hidden_by_terms": [False],
-        "by_causality": [False],
+        "hiding": [Hiding(0, NK, torch.where(random(B, N, G, NQ, NK, seed=5) > 0, 0.0, -math.inf), False, False)]
     },
 }
 
@@ -132,17 +116,21 @@ def test_weights_and_sums_are_those_of_the_definition(run, near, change):
 def test_sigmoids_themselves_are_those_of_the_definition(run, near):
     of = logits(sigmoid=True, sigmoid_bias=random(1, N, G, 1, 1, seed=4))
     a = torch.exp(by_definition(of))
+    top = by_definition(of).amax(-1, keepdim=True)
+    share = a / torch.exp(top)
     unit = -math.log(2)
     in_units = of._replace(q=of.q / unit, sigmoid_bias=of.sigmoid_bias / unit, direct=True)
     out, key_sum = torch.zeros(B, N, G, NQ, D, dtype=a.dtype), torch.zeros(B, N, G, NK, dtype=a.dtype)
     for kept in (True, False):
         spending = None if kept else Spending(of.k, out, None, None, key_sum, None, None)
         found = through_steps(run, in_units, near, kept, spending)
-        torch.testing.assert_close(found.top, a.amax(-1, keepdim=True))
-        torch.testing.assert_close(found.total, a.sum(-1, keepdim=True))
-        torch.testing.assert_close(found.product * math.log(2), torch.special.xlogy(a, a).sum(-1, keepdim=True))
+        torch.testing.assert_close(found.top, top)
+        torch.testing.assert_close(found.total, share.sum(-1, keepdim=True))
+        product = torch.special.xlogy(share, share).sum(-1, keepdim=True)
+        torch.testing.assert_close(found.product * math.log(2), product)
+        torch.testing.assert_close(found.norm, share.norm(dim=-1, keepdim=True))
         if kept:
-            torch.testing.assert_close(found.weights, a)
+            torch.testing.assert_close(found.weights, share)
     torch.testing.assert_close(out, a @ of.k[:, :, None])
     torch.testing.assert_close(key_sum, a.sum(-2))
 
@@ -181,10 +169,8 @@ def test_keys_that_causality_hides_are_left_out(run, near, offset, first):
     seen |= torch.arange(NK) < first
     start = max(0, first if first else offset + 1)
     hiding = torch.where(seen, 0.0, -math.inf).double()[None, None, None, :, start:]
-    of = logits(
-        places=[(start, NK)], hiding=[hiding], hidden_by_terms=[False], by_causality=[first == 0],
-        causal=True, offset=offset, first=first,
-    )  # fmt: skip
+    parts = [Hiding(start, NK, hiding, added=False, by_causality=first == 0)]
+    of = logits(hiding=parts, causal=True, offset=offset, first=first)
     s = by_definition(of)
     found = through_steps(run, of, near, kept=True)
     empty = ~seen.any(-1)
@@ -233,7 +219,7 @@ def test_torch_has_an_interpreter_for_the_steps_or_python_runs_them(monkeypatch)
         raise AttributeError("script")
 
     monkeypatch.setattr(torch.jit, "script", gone)
-    assert _in_torch.__wrapped__() is IN_PYTHON
+    assert _read_once.__wrapped__() is IN_PYTHON
 
 
 @pytest.mark.parametrize("length", [64, 1000], ids=["in this thread", "on the cores"])
@@ -262,13 +248,13 @@ def test_cores_that_ask_for_the_steps_at_once_leave_warnings_as_they_were(monkey
 
     monkeypatch.setattr(torch.jit, "script", slow)
     before = list(warnings.filters)
-    for cached in (steps, _in_torch):
+    for cached in (steps, _read_once):
         cached.cache_clear()
     try:
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda _: steps(), range(4)))
     finally:
-        for cached in (steps, _in_torch):
+        for cached in (steps, _read_once):
             cached.cache_clear()
     assert warnings.filters == before
     assert all(one is found[0] for one in found)

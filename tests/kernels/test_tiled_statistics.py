@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from attnlab_kernels import Emit, attention
+from attnlab_kernels import Emit, RelativeBias, attention
 from attnlab_kernels.gradients import ResultGradients
 from attnlab_kernels.request import resolve_request
 from attnlab_kernels.resolve import resolve_problem
@@ -173,3 +173,48 @@ def test_heads_that_share_keys_are_the_same_as_heads_with_copies(heads: int, key
     torch.testing.assert_close(shared.out, own.out)
     for name, value in flat(shared.emitted).items():
         torch.testing.assert_close(value, flat(own.emitted)[name], msg=name)
+
+
+@pytest.mark.parametrize("bias", [-44.0, -20.0, -5.0, 3.0])
+def test_rows_of_one_sigmoid_have_no_entropy(bias: float) -> None:
+    q, k, v = torch.randn(3, 1, 2, 64, 16)
+    emit = Emit(entropy=True, collision=True, max_probability=True)
+    found = attention(
+        q, k, v, causal=True, window=1, normalizer="sigmoid", sigmoid_bias=torch.full((2,), bias), emit=emit
+    ).emitted
+    assert bool((found.entropy == 0).all())
+    assert bool((found.collision == 1).all())
+    assert bool((found.max_probability == 1).all())
+
+
+def test_squares_of_small_sigmoids_are_not_lost() -> None:
+    q, k, v = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1000, 1), torch.ones(1, 1, 1000, 1)
+    k[0, 0, 0, 0] = 2.5
+    options = {"scale": 1.0, "normalizer": "sigmoid", "sigmoid_bias": torch.tensor([-44.0])}
+    found, exact = (
+        attention(*(x.to(dtype) for x in (q, k, v)), **options, emit=Emit(collision=True), backend=backend)
+        for dtype, backend in ((torch.float32, "tiled"), (torch.float64, "dense"))
+    )
+    torch.testing.assert_close(found.emitted.collision.double(), exact.emitted.collision, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("what", ["a bias by distance", "a key"])
+def test_a_visible_logit_of_minus_infinity_leaves_the_row_its_entropy(what: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 8, generator=generator).abs() for _ in range(3))
+    table = torch.randn(8, 2, generator=generator)
+    if what == "a key":
+        k[0, 0, 1] = -math.inf
+    else:
+        table[3] = -math.inf
+    options = {"relative_bias": RelativeBias(table, max_distance=32), "emit": Emit(entropy=True)}
+    exact = attention(q.double(), k.double(), v.double(), **options, backend="dense").emitted.entropy
+    found = attention(q, k, v, **options, backend="tiled").emitted.entropy
+    assert not exact.isnan().any()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_the_largest_of_saturated_sigmoids_is_found() -> None:
+    q, k = torch.ones(1, 1, 1, 1), torch.tensor([20.0, 25.0, 30.0]).view(1, 1, 3, 1)
+    found = attention(q, k, k, scale=1.0, normalizer="sigmoid", emit=Emit(argmax=True), backend="tiled")
+    assert found.emitted.argmax.item() == 2
