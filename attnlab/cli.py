@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from attnlab import cli_compare, cli_experiment, cli_models
+from attnlab import cli_compare, cli_experiment, cli_models, cli_options
 from attnlab.errors import AttnlabError
 from attnlab.terminal import print_rows, printable, quiet_libraries
 
@@ -53,12 +53,7 @@ def _attnlab(
 
 @app.command()
 def analyze(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Hugging Face hub id, checkpoint folder, or name of a shipped model.", show_default="the shipped model"
-        ),
-    ] = None,
+    model: cli_options.Model = None,
     analysis: Annotated[
         list[str] | None,
         typer.Option("-a", "--analysis", help="Analysis to run; repeat for several.", show_default="all that fit"),
@@ -77,23 +72,12 @@ def analyze(
         Path | None,
         typer.Option("-o", "--out", help="Folder of the run.", show_default="runs/<model>-<hash of the configuration>"),
     ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(help="Column with the texts or token ids.", show_default="text, or input_ids"),
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens in a sequence.", show_default="what the model allows")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Most sequences in a batch.", show_default="chosen by their lengths")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most sequences to read.", show_default="all")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="For example cpu or cuda:0.", show_default="cuda where there is one")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's")
-    ] = None,
+    column: cli_options.Column = None,
+    max_length: cli_options.MaxLength = None,
+    batch_size: cli_options.BatchSize = None,
+    limit: cli_options.Limit = None,
+    device: cli_options.Device = None,
+    dtype: cli_options.Dtype = None,
     backend: Annotated[str, typer.Option(help="How attention is computed: auto, triton, tiled or dense.")] = "auto",
     seed: Annotated[int, typer.Option(help="For analyses that draw random numbers.")] = 0,
     keep_sequences: Annotated[
@@ -104,10 +88,7 @@ def analyze(
             "head and metric.",
         ),
     ] = True,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume/--fresh", help="Go on with an earlier start in the same folder, or start it again."),
-    ] = True,
+    resume: cli_options.Resume = True,
 ) -> None:
     """Analyse a model's attention on texts; write tables, arrays and a report.
 

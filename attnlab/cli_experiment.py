@@ -10,18 +10,14 @@ from typing import Annotated
 
 import typer
 
+from attnlab import cli_options
 from attnlab.errors import AttnlabError
 from attnlab.terminal import print_rows, printable, quiet_libraries
 
 
 def experiment(
     name: Annotated[str, typer.Argument(metavar="NAME", help="One of `attnlab experiments`.")],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Hugging Face hub id, checkpoint folder, or name of a shipped model.", show_default="the shipped model"
-        ),
-    ] = None,
+    model: cli_options.Model = None,
     data: Annotated[
         Path | None,
         typer.Option("-d", "--data", help="As for `attnlab analyze`.", show_default="the shipped texts"),
@@ -34,27 +30,14 @@ def experiment(
         list[str] | None,
         typer.Option("--set", metavar="OPTION=VALUE", help="An option of the experiment; repeat for several."),
     ] = None,
-    column: Annotated[
-        str | None, typer.Option(help="Column with the texts or token ids.", show_default="text, or input_ids")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens in a sequence.", show_default="what the model allows")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most sequences to read.", show_default="all")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Most sequences in a batch.", show_default="chosen by their lengths")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="For example cpu or cuda:0.", show_default="cuda where there is one")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64.", show_default="the checkpoint's")
-    ] = None,
+    column: cli_options.Column = None,
+    max_length: cli_options.MaxLength = None,
+    limit: cli_options.Limit = None,
+    batch_size: cli_options.BatchSize = None,
+    device: cli_options.Device = None,
+    dtype: cli_options.Dtype = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume/--fresh", help="Go on with an earlier start in the same folder, or start it again."),
-    ] = True,
+    resume: cli_options.Resume = True,
 ) -> None:
     """Do an experiment: a study that changes the model's attention, trains on it or makes its own sequences.
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from attnlab.capture.call import Call, Site
 from attnlab.errors import AttnlabError
 from attnlab.options import check_whole
-from attnlab.results import NamedArray, Result, heads_frame
+from attnlab.results import Metric, NamedArray, Result, heads_frame
 from attnlab.runs.analysis import Analysis, Batch, Layout, Needs
 from attnlab_analyses.budgets_figures import budget_figures
 from attnlab_analyses.key_policies import OBSERVED, POLICIES, WORDS, Policy, Scores, kept_keys, keys_of
@@ -43,7 +43,8 @@ LATER = 32
 TOP_KEYS = 64
 SHORTEST = 16
 """Tokens of a sequence below which nothing is read."""
-_METRICS: tuple[Policy, ...] = ("h2o", "snapkv")
+_MAPPED: tuple[Policy, ...] = ("h2o", "snapkv")
+"""Policies of which each head has a metric at each budget."""
 
 
 class Budgets(Analysis):
@@ -144,7 +145,7 @@ class Budgets(Analysis):
         self.record(
             call,
             batch,
-            {metric_of(m, b): values[POLICIES.index(m), i] for m in _METRICS for i, b in enumerate(self.budgets)},
+            {metric_of(m, b): values[POLICIES.index(m), i] for m in _MAPPED for i, b in enumerate(self.budgets)},
         )
 
     def end_batch(self, batch: Batch, loss: Float[Tensor, "B positions"] | None) -> None:
@@ -193,13 +194,16 @@ class Budgets(Analysis):
             return Result(self.name, nothing, heads_frame([]), pd.DataFrame(), {})
         rows = [
             (layer, head, "self", metric_of(m, b), float(kept.mean[layer, head]), float(kept.stderr()[layer, head]), n)
-            for m in _METRICS
+            for m in _MAPPED
             for b in self.budgets
             for kept in (self._kept[m, b],)
             for layer, head in heads_named(self._heads)
             if (n := int(kept.count[layer, head]))
         ]
-        return Result(self.name, tuple(self._findings()), heads_frame(rows), self._table(), self._arrays())
+        return Result(
+            self.name, tuple(self._findings()), heads_frame(rows), self._table(), self._arrays(),
+            metrics={metric_of(m, b): _metric(m, b) for m in _MAPPED for b in self.budgets},
+        )  # fmt: skip
 
     @classmethod
     def figures(cls, result: Result) -> dict[str, go.Figure]:
@@ -278,6 +282,11 @@ def metric_of(policy: str, budget: float) -> str:
     'h2o_kept_5'
     """
     return f"{policy}_kept_{100 * budget:g}"
+
+
+def _metric(policy: Policy, budget: float) -> Metric:
+    title = f"Kept by {WORDS[policy]} at {100 * budget:g} %"
+    return Metric(title, "", "the last queries' weight on the keys that it keeps", 0.0, 1.0)
 
 
 def checked_budgets(budgets: object) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ def budget_figures(result: Result) -> dict[str, go.Figure]:
         found["overlap"].data[0].update(zmin=0.0, zmax=1.0)
         layers = list(range(0, len(overlap), max(1, len(overlap) // 16)))
         found["overlap"].update_xaxes(tickvals=layers).update_yaxes(tickvals=layers)
-    return found | {str(m): head_map(result.heads, str(m)) for m in dict.fromkeys(result.heads["metric"])}
+    return found | {str(m): head_map(result, str(m)) for m in dict.fromkeys(result.heads["metric"])}
 
 
 def policy_lines(table: pd.DataFrame, column: str, title: str, about: str, error: str | None = None) -> go.Figure:

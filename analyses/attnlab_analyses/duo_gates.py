@@ -30,7 +30,7 @@ from attnlab.errors import AttnlabError
 from attnlab.experiments import Context, Experiment
 from attnlab.options import check_number, check_text, check_whole
 from attnlab.plots import blank, head_map
-from attnlab.results import NamedArray, Result, heads_frame
+from attnlab.results import Metric, NamedArray, Result, heads_frame
 from attnlab_analyses.duo import Sizes, fitted, key_heads, write_full_attention_heads
 from attnlab_analyses.duo_mixture import Gated
 from attnlab_analyses.forwards import frozen, last_hidden
@@ -40,6 +40,11 @@ from attnlab_analyses.passkeys import ORDINALS, Passkeys, Size
 if TYPE_CHECKING:
     from attnlab.models import Model
 
+METRICS = {
+    "duo_gate": Metric(
+        "DuoAttention's gate", "", "1 keeps full attention, 0 the first and the recent tokens", 0.0, 1.0
+    ),
+}
 _LONGEST = 32000
 _AT_ONCE = 50
 """Steps between two states that are kept on disk."""
@@ -239,7 +244,8 @@ class DuoGates(Experiment):
             "losses": NamedArray(losses.numpy(), ("step", "part"), steps, "", about),
             "sizes": NamedArray(np.array(deployed), ("size",), {"size": list(Sizes._fields)}, "tokens", "Deployed."),
         }
-        return Result(self.name, _findings(rows, losses, size, sizes), frame, pd.DataFrame(rows), arrays)
+        found = _findings(rows, losses, size, sizes)
+        return Result(self.name, found, frame, pd.DataFrame(rows), arrays, metrics=METRICS)
 
     def write(self, result: Result, folder: Path) -> list[Path]:
         """DuoAttention's files."""
@@ -254,7 +260,7 @@ class DuoGates(Experiment):
         for column, name in enumerate(("change of hidden states", "mean gate")):
             figure.add_trace(go.Scatter(y=losses[:, column].tolist(), name=name, mode="lines"))
         figure.update_xaxes(title="step")
-        return {"duo_gate": head_map(result.heads, "duo_gate"), "training": figure}
+        return {"duo_gate": head_map(result, "duo_gate"), "training": figure}
 
 
 class _State(NamedTuple):

@@ -86,12 +86,13 @@ class Entropy(AnalysisByKind[KindEntropy]):
             heads=heads_frame(row for state in kinds for row in state.head_rows()),
             table=pd.DataFrame([row for state in kinds for row in state.table_rows()]),
             arrays={name: array for state in kinds for name, array in state.arrays().items()},
+            metrics=METRICS,
         )
 
     @classmethod
     def figures(cls, result: Result) -> dict[str, go.Figure]:
         """Maps of each metric, then by kind the distribution of the normalised entropy, by token and over position."""
-        found = {metric: head_map(result.heads, metric) for metric in _telling(result)}
+        found = {metric: head_map(result, metric) for metric in _telling(result)}
         for kind in dict.fromkeys(result.heads["kind"]):
             suffix = "" if kind == "self" else f"_{kind}"
             where = kind_named(kind)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnlab.capture.call import Call, Kind
-from attnlab.results import NamedArray
+from attnlab.results import Metric, NamedArray
 from attnlab_analyses.entropy_classes import ClassEntropy
 from attnlab_analyses.entropy_rows import BINS, histogram_of, moments_over_rows, quantiles_of, row_statistics
 from attnlab_analyses.moments import HeadMoments
@@ -22,9 +22,19 @@ from attnlab_analyses.sentences import counted, heads_named, kind_named
 
 EDGES = sorted({0, 1, 2, *(2**k for k in range(1, 25)), *(3 * 2**k for k in range(24))})
 """Edges of the bins of positions: two to each doubling."""
-METRICS = (
-    "entropy", "entropy_normalized", "effective_keys", "max_probability", "distance", "collapsed", "entropy_bound",
-)  # fmt: skip
+METRICS = {
+    "entropy": Metric("Attention entropy", "nats", "mean over query rows of -Σ A ln A", 0.0),
+    "entropy_normalized": Metric(
+        "Normalised attention entropy", "", "entropy over the log of the visible keys: 0 one key, 1 uniform", 0.0, 1.0
+    ),
+    "effective_keys": Metric("Effective keys", "keys", "1 / Σ A², the number of keys that a row really uses", 0.0),
+    "max_probability": Metric("Largest weight", "", "mean over query rows of the largest entry", 0.0, 1.0),
+    "distance": Metric("Attention distance", "tokens", "mean over query rows of how far back the attended keys lie"),
+    "collapsed": Metric("Collapsed", "", "share of sequences with a normalised entropy below the threshold", 0.0, 1.0),
+    "entropy_bound": Metric(
+        "Lower bound on entropy", "nats", "mean over query rows of the least that the norm of their logits allows", 0.0
+    ),
+}
 PROFILES = ("entropy", "entropy_normalized", "distance")
 _WORDS = {"entropy": "entropy", "entropy_normalized": "normalised entropy", "distance": "attention distance"}
 

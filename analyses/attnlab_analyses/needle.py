@@ -33,7 +33,7 @@ from attnlab.experiments import Context, Experiment
 from attnlab.options import check_number, check_text, check_whole, check_yes_or_no
 from attnlab.plots import blank, head_map
 from attnlab.plots.matrix import matrix_trace
-from attnlab.results import NamedArray, Result, heads_frame
+from attnlab.results import Metric, NamedArray, Result, heads_frame
 from attnlab.runs.data import Sequences
 from attnlab_analyses.forwards import logits_at
 from attnlab_analyses.moments import HeadMoments
@@ -43,6 +43,11 @@ from attnlab_analyses.sentences import heads_named
 if TYPE_CHECKING:
     from attnlab.models import Model
 
+METRICS = {
+    "retrieval": Metric(
+        "Retrieval", "", "share of a needle's tokens that the head looks at while they are said", 0.0, 1.0
+    ),
+}
 _LONGEST = 4096
 _KEY_TOKENS = 4
 """Tokens that announce a needle and ask for it, where there is no tokenizer to write them with."""
@@ -238,7 +243,7 @@ class NeedleTest(Experiment):
             for i, j in heads_named(heads)
             if score.count[i, j] > 0
         )
-        return Result(self.name, self._findings(score, heads, table), frame, table, arrays)
+        return Result(self.name, self._findings(score, heads, table), frame, table, arrays, metrics=METRICS)
 
     def _findings(self, score: HeadMoments, heads: Sequence[int], table: pd.DataFrame) -> tuple[str, ...]:
         said = f"The model says {table['recall'].mean():.0%} of the needles' tokens"
@@ -262,7 +267,7 @@ class NeedleTest(Experiment):
     @classmethod
     def figures(cls, result: Result) -> dict[str, go.Figure]:
         """The map of the scores, and the model's own success over lengths and depths."""
-        found = {"retrieval": head_map(result.heads, "retrieval")} if len(result.heads) else {}
+        found = {"retrieval": head_map(result, "retrieval")} if len(result.heads) else {}
         grid = result.table.pivot(index="depth", columns="length", values="recall")
         figure = blank("Needles found", "share of the needle's tokens that the model says, by length and depth")
         trace = matrix_trace(grid.to_numpy(dtype=float), hover="depth %{y}, %{x} tokens")

@@ -21,7 +21,7 @@ from attnlab_kernels import Emit
 from torch import Tensor
 
 from attnlab.capture.call import Call, Site
-from attnlab.results import NamedArray, Result, heads_frame
+from attnlab.results import Metric, NamedArray, Result, heads_frame
 from attnlab.runs.analysis import Analysis, Batch, Layout, Needs
 from attnlab_analyses.last_rows import Group, chosen_rows, groups_of, reads_itself
 from attnlab_analyses.moments import HeadMoments
@@ -35,6 +35,16 @@ EDGES = [*range(16), *sorted({*(2**k for k in range(4, 25)), *(3 * 2**k for k in
 """Of keys' positions and of distances: sixteen alone, then two bins to each doubling."""
 SHORTEST = 32
 """Tokens of a sequence below which nothing is read: a few hundredths of it are no key."""
+METRICS = {
+    "recall_a_shape": Metric(
+        "Kept by an A-shape", "", "weight on the first and the recent keys at the pattern's budget", 0.0, 1.0
+    ),
+    "recall_vertical_slash": Metric(
+        "Kept by verticals and slashes", "", "weight on chosen keys and distances at the pattern's budget", 0.0, 1.0
+    ),
+    "recall_block": Metric("Kept by blocks", "", "weight on chosen blocks at the pattern's budget", 0.0, 1.0),
+    "recall_grid": Metric("Kept by a grid", "", "weight on every so many keys at the pattern's budget", 0.0, 1.0),
+}
 _TOLD, _WELL = 6, 0.9
 
 
@@ -156,7 +166,9 @@ class Patterns(Analysis):
         """Recall by pattern and head, the table of classes, and where the last rows look."""
         table = pd.DataFrame(self._table_rows())
         arrays = self._arrays() if len(table) else {}
-        return Result(self.name, tuple(self._findings(table)), heads_frame(self._head_rows()), table, arrays)
+        return Result(
+            self.name, tuple(self._findings(table)), heads_frame(self._head_rows()), table, arrays, metrics=METRICS
+        )
 
     @classmethod
     def figures(cls, result: Result) -> dict[str, go.Figure]:

@@ -19,7 +19,7 @@ def pattern_figures(result: Result) -> dict[str, go.Figure]:
     if not len(result.table):
         return {}
     found = {"patterns": class_map(result.table)}
-    found |= {f"recall_{name}": head_map(result.heads, f"recall_{name}") for name in PATTERNS}
+    found |= {f"recall_{name}": head_map(result, f"recall_{name}") for name in PATTERNS}
     for name, title, counted in (
         ("slash", "Attention of the last rows by distance", "distance 0 is the token itself"),
         ("vertical", "Attention of the last rows by key", "position 0 is the first token"),

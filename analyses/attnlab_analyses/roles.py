@@ -151,6 +151,7 @@ class Roles(AnalysisByKind["_Kind"]):
             heads=heads_frame(row for state in kinds for row in state.head_rows()),
             table=pd.DataFrame(rows),
             arrays={},
+            metrics=METRICS,
         )
 
     @classmethod

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from attnlab.errors import AttnlabError
+from attnlab.results import Metric
 
 
 class Role(NamedTuple):
@@ -48,10 +49,32 @@ ROLES = (
     Role("delimiter", "delimiter", "delimiter", 0.5),
     Role("positional", "positional", "positional", 0.9, inclusive=True),
 )
-METRICS = (
-    *("previous_token", "current_token", "duplicate_token", "induction", "first_token", "local", "delimiter"),
-    *("positional", "confidence", "detector_previous_token", "detector_duplicate_token", "detector_induction"),
-)
+METRICS = {
+    "previous_token": Metric("Previous token", "", "mean over query rows of the weight on the token before", 0.0, 1.0),
+    "current_token": Metric("Current token", "", "mean over query rows of the weight on the token itself", 0.0, 1.0),
+    "duplicate_token": Metric(
+        "Duplicate token", "", "random tokens repeated: weight on the token's earlier place", 0.0, 1.0
+    ),
+    "induction": Metric("Induction", "", "random tokens repeated: weight on what followed the earlier place", 0.0, 1.0),
+    "first_token": Metric("First token", "", "mean over the first 64 query rows after the first one", 0.0, 1.0),
+    "local": Metric(
+        "Local", "", "mean weight on the window around the token, where there are keys outside it", 0.0, 1.0
+    ),
+    "delimiter": Metric(
+        "Delimiters", "", "mean weight on punctuation, line breaks, marks of beginning and end", 0.0, 1.0
+    ),
+    "positional": Metric("Positional", "", "share of query rows whose largest weight is on the neighbour", 0.0, 1.0),
+    "confidence": Metric("Confidence", "", "mean over query rows of the largest weight, end tokens left out", 0.0, 1.0),
+    "detector_previous_token": Metric(
+        "Previous token, by detector", "", "share of all weight that lies on the token before", 0.0, 1.0
+    ),
+    "detector_duplicate_token": Metric(
+        "Duplicate token, by detector", "", "share of all weight that lies on earlier copies of the token", 0.0, 1.0
+    ),
+    "detector_induction": Metric(
+        "Induction, by detector", "", "share of all weight that lies on what followed earlier copies", 0.0, 1.0
+    ),
+}
 
 
 def resolved_thresholds(given: Mapping[str, float] | None) -> dict[str, float]:

@@ -22,7 +22,7 @@ def role_figures(result: Result) -> dict[str, go.Figure]:
         suffix = "" if kind == "self" else f"_{kind}"
         found[f"roles{suffix}"] = role_matrix(result.table[result.table["kind"] == kind], kind)
     there = set(result.heads["metric"])
-    return found | {metric: head_map(result.heads, metric) for metric in METRICS if metric in there}
+    return found | {metric: head_map(result, metric) for metric in METRICS if metric in there}
 
 
 def role_matrix(table: pd.DataFrame, kind: str) -> go.Figure:

@@ -36,7 +36,7 @@ from attnlab_analyses.sinks_figures import sink_figures
 from attnlab_analyses.sinks_findings import findings
 from attnlab_analyses.sinks_inputs import NATURAL, by_input, checked_inputs, own_tokens
 from attnlab_analyses.sinks_positions import SINGLE
-from attnlab_analyses.sinks_state import Options, SinkState, first_keys, own_metrics
+from attnlab_analyses.sinks_state import METRICS, Options, SinkState, first_keys, own_metrics
 
 if TYPE_CHECKING:
     from attnlab.models import Model
@@ -151,6 +151,7 @@ class Sinks(AnalysisByKind[SinkState]):
             table=pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(),
             arrays={name: array for state in natural for name, array in state.arrays().items()},
             more_tables={"massive": pd.concat(massive, ignore_index=True)} if massive else {},
+            metrics={**METRICS, **own_metrics(self.inputs)},
         )
 
     @classmethod

@@ -29,7 +29,7 @@ _FEW_READERS = 0.05
 def sink_figures(result: Result) -> dict[str, go.Figure]:
     """All figures of a sinks result by name, the map of alpha_1 first."""
     metrics = [m for m in _MAPS if m in set(result.heads["metric"])]
-    found = {metric: head_map(result.heads, metric) for metric in metrics}
+    found = {metric: head_map(result, metric) for metric in metrics}
     for kind in dict.fromkeys(result.heads["kind"]):
         if f"{kind}.alpha" not in result.arrays:
             continue

@@ -21,13 +21,23 @@ import torch
 from torch import Tensor
 
 from attnlab.capture.call import Call, Site
+from attnlab.results import Metric
 from attnlab_analyses.received import Received
 from attnlab_analyses.rows import at_least_float32, float64
 
-METRICS = (
-    *("first_key_norm", "first_value_norm", "first_key_cosine", "other_key_cosine"),
-    *("beyond_key_norm", "beyond_value_norm", "beyond_key_cosine"),
-)
+METRICS = {
+    "first_key_norm": Metric("Norm of the first key", "", "over the mean norm of the keys that are no sinks", 0.0),
+    "first_value_norm": Metric(
+        "Norm of the first value", "", "over the mean norm of values of keys that are no sinks", 0.0
+    ),
+    "first_key_cosine": Metric("Cosine with the first key", "", "mean over query rows of cos(q, k₁)"),
+    "other_key_cosine": Metric("Cosine with other keys", "", "mean over query rows and keys that are no sinks"),
+    "beyond_key_norm": Metric("Norm of later sinks' keys", "", "over the mean norm of the keys that are no sinks", 0.0),
+    "beyond_value_norm": Metric(
+        "Norm of later sinks' values", "", "over the mean of values of keys that are no sinks", 0.0
+    ),
+    "beyond_key_cosine": Metric("Cosine with later sinks' keys", "", "mean over the query rows that see one"),
+}
 
 
 def key_bias(call: Call, keys: Received, beyond: Tensor, rows: Tensor, visible: Tensor) -> dict[str, Tensor]:

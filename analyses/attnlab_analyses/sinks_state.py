@@ -6,7 +6,7 @@ Shapes: L layers, H heads, B sequences, Nq queries, Nk keys, P bins of positions
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnlab.capture.call import Call, Kind, Site
-from attnlab.results import NamedArray
+from attnlab.results import Metric, NamedArray
 from attnlab_analyses.moments import HeadMoments
 from attnlab_analyses.received import Received, TokenSums, received
 from attnlab_analyses.rows import counting_rows, float64, mean_over_rows
@@ -27,8 +27,27 @@ from attnlab_analyses.sinks_keys import key_bias
 from attnlab_analyses.sinks_positions import EDGES, PositionSums, metrics_of, passing
 
 TOP_TOKENS = 100
-_OF_SINKS = ("sink_mass", "sink_rate", "sink_share", "sink_share_rate", "other_sink_rate", "sink_count")
-_METRICS = (*_OF_SINKS, "learned_sink_mass", *OF_KEYS, "hardness", "concentration")
+_OF_SINKS = {
+    "sink_mass": Metric(
+        "Mass on the first token", "", "α₁, mean over query rows of the weight on the first visible key", 0.0, 0.3
+    ),
+    "sink_rate": Metric("Sink rate", "", "share of sequences in which α₁ is above the threshold", 0.0, 1.0),
+    "sink_share": Metric("Share of the first token", "", "α₁ of a sigmoid's rows, each divided by its sum", 0.0, 0.3),
+    "sink_share_rate": Metric(
+        "Sink rate by share", "", "share of sequences in which a sigmoid's α₁, by share, passes the threshold", 0.0, 1.0
+    ),
+    "other_sink_rate": Metric(
+        "Sinks past the first token", "", "share of sequences in which a later key passes the threshold", 0.0, 1.0
+    ),
+    "sink_count": Metric("Sinks in a sequence", "keys", "keys that pass the threshold, the first included", 0.0),
+}
+METRICS = {
+    **_OF_SINKS,
+    "learned_sink_mass": Metric("Mass on the learned sink", "", "mean over query rows", 0.0, 1.0),
+    **OF_KEYS,
+    "hardness": Metric("Hardness", "", "rows × the largest squared norm of a column: 1 uniform, rows² one key", 0.0),
+    "concentration": Metric("Concentration", "", "mean over query rows of the sum of the K largest weights", 0.0, 1.0),
+}
 
 
 class Options(NamedTuple):
@@ -41,14 +60,18 @@ class Options(NamedTuple):
     massive_ratio: float
 
 
-def own_metrics(inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """What the metrics are called that are measured on random and on repeated tokens.
+def own_metrics(inputs: tuple[str, ...]) -> dict[str, Metric]:
+    """The metrics that are measured on random and on repeated tokens.
 
-    >>> own_metrics(("natural", "repeated"))
-    ('sink_mass_repeated', 'sink_rate_repeated', 'sink_share_repeated', 'sink_share_rate_repeated', \
-'other_sink_rate_repeated', 'sink_count_repeated')
+    >>> own_metrics(("natural", "repeated"))["sink_rate_repeated"].title
+    'Sink rate, one token repeated'
     """
-    return tuple(f"{metric}_{name}" for name in OWN if name in inputs for metric in _OF_SINKS)
+    return {
+        f"{metric}_{name}": about._replace(title=f"{about.title}, {words}")
+        for name, words in OWN.items()
+        if name in inputs
+        for metric, about in _OF_SINKS.items()
+    }
 
 
 class SinkState:
@@ -62,9 +85,9 @@ class SinkState:
         short: sequences so short that uniform attention passes the threshold.
     """
 
-    def __init__(self, kind: Kind, heads: tuple[int, ...], options: Options, extra: tuple[str, ...] = ()) -> None:
+    def __init__(self, kind: Kind, heads: tuple[int, ...], options: Options, extra: Iterable[str] = ()) -> None:
         self.kind, self.n_heads, self.options = kind, heads, options
-        self.metrics = {name: HeadMoments(heads) for name in (*_METRICS, *extra)}
+        self.metrics = {name: HeadMoments(heads) for name in (*METRICS, *extra)}
         self.positions = PositionSums(heads)
         self.tokens = TokenSums(len(heads))
         self.hidden = HiddenSums(len(heads), options.massive_least, options.massive_ratio)

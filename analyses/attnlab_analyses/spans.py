@@ -33,13 +33,18 @@ from attnlab.experiments.context import Context
 from attnlab.interventions import Streaming
 from attnlab.options import check_number, check_whole, check_yes_or_no
 from attnlab.plots import head_map, profile
-from attnlab.results import NamedArray, Result, heads_frame
+from attnlab.results import Metric, NamedArray, Result, heads_frame
 from attnlab.runs.analysis import Batch
 from attnlab_analyses.removal_cost import loss_by_block_distance, loss_gradients, mean_loss, no_next_token
 from attnlab_analyses.sentences import counted, heads_named
 
 if TYPE_CHECKING:
     from attnlab.models import Model
+
+METRICS = {
+    "span": Metric("Span", "tokens", "smallest window from which on none costs more than the tolerance", 0.0),
+    "span_cost": Metric("Span cost", "nats", "loss of a token with the first tokens and the smallest window alone"),
+}
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,9 @@ class Spans(Experiment):
         cost.update_traces(x=windows, hovertemplate=hover)
         cost.update_xaxes(title="window in tokens (log scale)")
         return {
-            "span": head_map(result.heads, "span"),
+            "span": head_map(result, "span"),
             "cost": cost,
-            "span_cost": head_map(result.heads, "span_cost"),
+            "span_cost": head_map(result, "span_cost"),
         }
 
     def _costs(self, model: Model, batch: Batch, blocks: int) -> dict[str, Tensor]:
@@ -180,7 +185,8 @@ class Spans(Experiment):
                 {"window": windows}, "nats", "First-order change of the loss with the first tokens and a window alone.",
             )
         }  # fmt: skip
-        return Result(self.name, tuple(self._findings(table, loss, measured)), heads_frame(rows), table, arrays)
+        found = tuple(self._findings(table, loss, measured))
+        return Result(self.name, found, heads_frame(rows), table, arrays, metrics=METRICS)
 
     def _findings(self, table: pd.DataFrame, loss: float, measured: float | None) -> list[str]:
         near = table[~table["everything"]]

@@ -31,7 +31,7 @@ from attnlab.experiments import Context, Experiment
 from attnlab.interventions import Streaming
 from attnlab.options import check_number, check_whole
 from attnlab.plots import head_map
-from attnlab.results import NamedArray, Result, heads_frame
+from attnlab.results import Metric, NamedArray, Result, heads_frame
 from attnlab_analyses.duo import Sizes, fitted, key_heads, write_full_attention_heads
 from attnlab_analyses.moments import HeadMoments
 from attnlab_analyses.sentences import heads_named
@@ -39,7 +39,15 @@ from attnlab_analyses.sentences import heads_named
 if TYPE_CHECKING:
     from attnlab.models import Model
 
-METRICS = ("streaming_change", "outside_mass", "outside_rows")
+METRICS = {
+    "streaming_change": Metric(
+        "Change by streaming", "", "relative change of z where the first and the recent tokens alone are seen", 0.0, 1.0
+    ),
+    "outside_mass": Metric(
+        "Weight outside", "", "mean over query rows, beyond the first and the recent tokens", 0.0, 1.0
+    ),
+    "outside_rows": Metric("Rows that look outside", "", "share of query rows with more weight than allowed", 0.0, 1.0),
+}
 _SMALL = 0.1
 _TOLD = 8
 
@@ -137,7 +145,8 @@ class StreamingHeads(Experiment):
             "full_attention": NamedArray(by_key, ("layer", "key_head"), {}, "", about),
             "sizes": NamedArray(np.array(sizes), ("size",), {"size": list(sizes._fields)}, "tokens", "What was kept."),
         }
-        return Result(self.name, self._findings(rows, sizes), frame, pd.DataFrame(rows), arrays)
+        found = self._findings(rows, sizes)
+        return Result(self.name, found, frame, pd.DataFrame(rows), arrays, metrics=METRICS)
 
     def _findings(self, rows: list[dict[str, object]], sizes: Sizes) -> tuple[str, ...]:
         holders = [row for row in rows if row["streaming"]]
@@ -164,7 +173,7 @@ class StreamingHeads(Experiment):
     @classmethod
     def figures(cls, result: Result) -> dict[str, go.Figure]:
         """The maps of the change and of the weight outside."""
-        return {metric: head_map(result.heads, metric) for metric in METRICS}
+        return {metric: head_map(result, metric) for metric in METRICS}
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ from attnlab.experiments.base import Experiment
 from attnlab.experiments.context import Context
 from attnlab.options import check_number, check_whole
 from attnlab.plots import PALETTE, blank, head_map
-from attnlab.results import NamedArray, Result, heads_frame
+from attnlab.results import Metric, NamedArray, Result, heads_frame
 from attnlab_analyses.massive import LEAST, RATIO, massive
 from attnlab_analyses.moments import HeadMoments
 from attnlab_analyses.rows import mean_over_rows
@@ -47,7 +47,16 @@ from attnlab_analyses.visual_redistribution import RHO, SHARE, TAU, VISUAL, Redi
 if TYPE_CHECKING:
     from attnlab.models import Model
 
-METRICS = ("visual_mass", "visual_off_sink", "image_centric", "gold_mass")
+METRICS = {
+    "visual_mass": Metric("Weight on the image", "", "mean over the text rows after the image", 0.0, 1.0),
+    "visual_off_sink": Metric(
+        "Off the visual sinks", "", "share of the weight on the image that is on tokens that are no sinks", 0.0, 1.0
+    ),
+    "image_centric": Metric("Image-centric rows", "", "share of the text rows after the image", 0.0, 1.0),
+    "gold_mass": Metric(
+        "Weight on the answer", "", "from the question's last token to the image tokens that hold the answer", 0.0, 1.0
+    ),
+}
 _BATCH = 32
 
 
@@ -224,12 +233,12 @@ class VisualSinks(Experiment):
             about_sinks(rule, whole["sinks"], how), *about_heads(moments, heads, rule),
             about_answers(table, self.share, changed),
         )  # fmt: skip
-        return Result(self.name, said, frame, table, arrays)
+        return Result(self.name, said, frame, table, arrays, metrics=METRICS)
 
     @classmethod
     def figures(cls, result: Result) -> dict[str, go.Figure]:
         """A map of the heads for each metric, and the visual sinks of each layer."""
-        found = {str(m): head_map(result.heads, str(m)) for m in dict.fromkeys(result.heads["metric"])}
+        found = {str(m): head_map(result, str(m)) for m in dict.fromkeys(result.heads["metric"])}
         sinks = result.arrays["visual_sinks"].values
         figure = blank("Visual sinks", "image tokens that are sinks at the input of a layer, mean over questions")
         figure.add_trace(go.Bar(x=np.arange(len(sinks)), y=sinks, marker={"color": PALETTE[0], "line": {"width": 0}}))

@@ -5,8 +5,9 @@ Every difference is B - A. What is marked stands after Benjamini and Hochberg's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from attnlab.compare.correction import benjamini_hochberg
 from attnlab.compare.match import Pair, match_runs
 from attnlab.errors import AttnlabError
 from attnlab.plots.metrics import KINDS, describe, with_unit
+from attnlab.results.metric import Metric
 from attnlab.runs.run import Run, load_run
 
 if TYPE_CHECKING:
@@ -59,6 +61,11 @@ class Comparison:
     notes: tuple[str, ...]
     settings: Settings
 
+    @cached_property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What the metrics are called and in which unit they are, as the runs say, by name."""
+        return {**self.b.metrics, **self.a.metrics}
+
     @property
     def findings(self) -> tuple[str, ...]:
         """How many differences stand, and the largest one of the metrics with most of them, in plain sentences."""
@@ -72,9 +79,10 @@ class Comparison:
             f"at {rate}, which is no evidence that the runs are equal: the intervals say how far apart they may be."
         )
         largest = [
-            f"{describe(row.metric).title} ({KINDS.get(row.kind, row.kind)}): {row.stands} of {row.heads} heads; the "
-            f"largest is L{row.layer}H{row.head}, {_told(row)}."
+            f"{about.title} ({KINDS.get(row.kind, row.kind)}): {row.stands} of {row.heads} heads; the largest is "
+            f"L{row.layer}H{row.head}, {_told(row, about.unit)}."
             for row in _records(self.largest(1).sort_values("stands", ascending=False, kind="stable"))
+            for about in (describe(row.metric, self.metrics),)
             if row.significant
         ]
         more = [f"Heads differ in {len(largest) - _TOLD} more metrics."] if len(largest) > _TOLD + 1 else []
@@ -131,8 +139,8 @@ def _records(frame: pd.DataFrame) -> list[Any]:
     return list(frame.itertuples(index=False))
 
 
-def _told(row: Any) -> str:
-    change = with_unit(f"{row.difference:+.3g}", describe(row.metric).unit)
+def _told(row: Any, unit: str) -> str:
+    change = with_unit(f"{row.difference:+.3g}", unit)
     return f"{row.value_a:.3g} in A and {row.value_b:.3g} in B, {change} ({row.low:+.3g} to {row.high:+.3g})"
 
 

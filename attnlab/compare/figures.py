@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from attnlab.plots.metrics import KINDS, describe, with_unit
+from attnlab.plots.metrics import KINDS, as_text, by_number, describe, with_unit
 from attnlab.plots.template import DIVERGING, PALETTE, blank, colour_bar
+from attnlab.results.metric import Metric
 
 if TYPE_CHECKING:
     from attnlab.compare.comparison import Comparison
@@ -21,24 +22,29 @@ _LEFT, _RIGHT = (0.0, 0.4), (0.6, 1.0)
 
 def comparison_figures(comparison: Comparison) -> dict[str, go.Figure]:
     """A figure for each metric and kind by its name, those first of which the largest share of heads stands."""
-    groups = list(comparison.table.groupby(["metric", "kind"], sort=False))
-    groups.sort(key=lambda group: -group[1]["significant"].mean())
+    groups = [
+        (str(metric), kind, rows) for (metric, kind), rows in comparison.table.groupby(["metric", "kind"], sort=False)
+    ]
+    groups.sort(key=lambda group: (-group[2]["significant"].mean(), by_number(group[0])))
     confidence = comparison.settings.confidence
     return {
-        str(metric) if kind == "self" else f"{metric}, {kind}": comparison_figure(rows, confidence)
-        for (metric, kind), rows in groups
+        metric if kind == "self" else f"{metric}, {kind}": comparison_figure(
+            rows, confidence, describe(metric, comparison.metrics)
+        )
+        for metric, kind, rows in groups
     }
 
 
-def comparison_figure(rows: pd.DataFrame, confidence: float = 0.95) -> go.Figure:
+def comparison_figure(rows: pd.DataFrame, confidence: float = 0.95, about: Metric | None = None) -> go.Figure:
     """Differences of one metric and kind as a map, and the values of B against those of A.
 
     Args:
         rows: those of the table of a comparison that have this metric and kind.
         confidence: of the intervals in them.
+        about: what the metric is called; it goes by its name without.
     """
     metric, kind = rows.iloc[0][["metric", "kind"]]
-    about = describe(metric)
+    about = as_text(about or describe(metric))
     unit = f"({about.unit})" if about.unit else ""
     figure = blank(
         f"{about.title}: B - A",

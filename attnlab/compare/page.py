@@ -117,7 +117,7 @@ def _differences(comparison: Comparison) -> str:
     titles = []
     for name in figures:
         metric, _, kind = name.partition(", ")
-        titles.append(describe(metric).title + (f", {kind}" if kind else ""))
+        titles.append(describe(metric, comparison.metrics).title + (f", {kind}" if kind else ""))
     hint = (
         '<p class="hint">On the left B - A of every head; on the right B against A, where the dashed line is no '
         "difference. Intervals say what other sequences of the same sort might have given, not what another training "

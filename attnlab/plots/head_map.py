@@ -8,15 +8,17 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from attnlab.plots.metrics import KINDS, describe, with_unit
+from attnlab.plots.metrics import KINDS, Measured, as_text, describe, with_unit
 from attnlab.plots.template import DIVERGING, MENU_MARGIN, SEQUENTIAL, blank, choices, colour_bar
+from attnlab.results.metric import Metric
 
 
-def head_map(heads: pd.DataFrame, metric: str) -> go.Figure:
+def head_map(heads: Measured | pd.DataFrame, metric: str) -> go.Figure:
     """The layer x head map of one metric.
 
     Args:
-        heads: tidy rows with the columns layer, head, kind, metric, value, stderr, n.
+        heads: a result or a run, which say what their metrics are called; or tidy rows with the columns layer, head,
+            kind, metric, value, stderr, n, whose metrics go by their names.
         metric: which metric.
 
     Raises:
@@ -27,12 +29,13 @@ def head_map(heads: pd.DataFrame, metric: str) -> go.Figure:
     >>> head_map(rows, "entropy").data[0].z.tolist()
     [[1.0, 2.0]]
     """
-    rows = heads[heads["metric"] == metric]
+    frame, declared = (heads, None) if isinstance(heads, pd.DataFrame) else (heads.heads, heads.metrics)
+    rows = frame[frame["metric"] == metric]
     if not len(rows):
-        raise ValueError(f"There is no metric {metric!r} here; there are: {', '.join(sorted(set(heads['metric'])))}.")
-    about = describe(metric)
+        raise ValueError(f"There is no metric {metric!r} here; there are: {', '.join(sorted(set(frame['metric'])))}.")
+    about = as_text(describe(metric, declared))
     kinds = [kind for kind in KINDS if kind in set(rows["kind"])] + sorted(set(rows["kind"]) - set(KINDS))
-    maps = [heat_map(rows[rows["kind"] == kind], metric) for kind in kinds]
+    maps = [heat_map(rows[rows["kind"] == kind], about) for kind in kinds]
     layers = [trace.z.shape[0] for trace in maps]
     figure = blank(about.title, with_unit(about.meaning, f"({about.unit})" if about.unit else ""))
     for place, trace in enumerate(maps):
@@ -51,9 +54,8 @@ def head_map(heads: pd.DataFrame, metric: str) -> go.Figure:
     return figure
 
 
-def heat_map(rows: pd.DataFrame, metric: str) -> go.Heatmap:
-    """One kind's cells of one metric, as a Plotly trace."""
-    about = describe(metric)
+def heat_map(rows: pd.DataFrame, about: Metric) -> go.Heatmap:
+    """One kind's cells of one metric, as a Plotly trace; the metric's words are HTML to Plotly."""
     shape = (int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1)
     value, stderr, n = (np.full(shape, np.nan) for _ in range(3))
     place = (rows["layer"].to_numpy(), rows["head"].to_numpy())
@@ -65,14 +67,13 @@ def heat_map(rows: pd.DataFrame, metric: str) -> go.Heatmap:
         hovertemplate="<b>L%{y}H%{x}</b><br>%{customdata}<extra></extra>",
         xgap=1.5,
         ygap=1.5,
-        **colours(value, metric),
+        **colours(value, about),
         colorbar=colour_bar(about.unit),
     )
 
 
-def colours(values: np.ndarray, metric: str) -> dict[str, Any]:
+def colours(values: np.ndarray, about: Metric) -> dict[str, Any]:
     """Colour scale and range for values of a metric."""
-    about = describe(metric)
     finite = values[np.isfinite(values)]
     low = float(finite.min()) if finite.size else 0.0
     high = float(finite.max()) if finite.size else 1.0

@@ -19,7 +19,7 @@ def figures_of(result: Result) -> dict[str, go.Figure]:
         return load_analysis(result.analysis).figures(result)
     if result.analysis in experiment_names():
         return load_experiment(result.analysis).figures(result)
-    return {str(metric): head_map(result.heads, str(metric)) for metric in dict.fromkeys(result.heads["metric"])}
+    return {str(metric): head_map(result, str(metric)) for metric in dict.fromkeys(result.heads["metric"])}
 
 
 def figure_of(result: Result, name: str | None) -> go.Figure:

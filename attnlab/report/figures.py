@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import plotly.graph_objects as go
 
 from attnlab.plots.head_map import head_map
-from attnlab.plots.metrics import METRICS, describe
+from attnlab.plots.metrics import describe, in_order
+
+if TYPE_CHECKING:
+    from attnlab.runs.run import Run
 
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
@@ -24,12 +27,15 @@ def figure_html(figure: go.Figure, name: str, classes: str = "") -> str:
     )
 
 
-def maps_html(heads: pd.DataFrame) -> str:
-    """The layer x head maps of all metrics: one place, and a choice of metrics above it."""
-    there = set(heads["metric"])
-    metrics = [m for m in METRICS if m in there] + sorted(there - set(METRICS))
-    titles = [describe(metric).title for metric in metrics]
-    return chosen_html(titles, [head_map(heads, metric) for metric in metrics], "map", "Metric")
+def maps_html(run: Run) -> str:
+    """The layer x head maps of all metrics: one place, and a choice of metrics above it.
+
+    Analysis after analysis, each one's metrics as it declares them and then those that it does not; series come last.
+    """
+    there = set(run.heads["metric"])
+    metrics = in_order(metric for metric in (*run.metrics, *sorted(there)) if metric in there)
+    titles = [describe(metric, run.metrics).title for metric in metrics]
+    return chosen_html(titles, [head_map(run, metric) for metric in metrics], "map", "Metric")
 
 
 def chosen_html(titles: Sequence[str], figures: Sequence[go.Figure], name: str, label: str) -> str:

@@ -82,7 +82,7 @@ def maps(run: Run) -> str:
         '<p class="hint">One cell for each head: the mean over sequences. Point at a cell for its value, standard '
         "error and number of sequences.</p>"
     )
-    return section("maps", "Layer × head", hint + maps_html(run.heads))
+    return section("maps", "Layer × head", hint + maps_html(run))
 
 
 def texts(model: Model | None, sequences: Sequence[Sequence[int]], targets: Sequence[Sequence[int]] | None) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
+from attnlab.results.metric import Metric
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -61,9 +63,12 @@ class Result:
         table: the analysis' own table (any columns).
         arrays: named arrays.
         more_tables: further tables by name, of lower-case letters and underscores.
+        metrics: title, unit and range of the metrics in `heads`, by name, in the order in which a report offers them;
+            one that is left out goes by its name.
 
     >>> heads = heads_frame([(0, 0, "self", "entropy", 1.25, 0.5, 4)])
-    >>> result = Result("entropy", ("One head.",), heads, pd.DataFrame({"layer": [0]}), {})
+    >>> metrics = {"entropy": Metric("Attention entropy", "nats")}
+    >>> result = Result("entropy", ("One head.",), heads, pd.DataFrame({"layer": [0]}), {}, metrics=metrics)
     >>> result.to_frame()["value"].tolist()
     [1.25]
     """
@@ -74,6 +79,7 @@ class Result:
     table: pd.DataFrame
     arrays: Mapping[str, NamedArray]
     more_tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.more_tables:
@@ -81,6 +87,12 @@ class Result:
                 raise ValueError(
                     f"A further table of {self.analysis} is called {name!r}; lower-case letters and underscores were "
                     "expected, since files are named after it."
+                )
+        for name, about in self.metrics.items():
+            if not isinstance(about, Metric):
+                raise ValueError(
+                    f"The metric {name!r} of {self.analysis} is declared as {about!r}; an attnlab.results.Metric was "
+                    "expected."
                 )
 
     def to_frame(self) -> pd.DataFrame:

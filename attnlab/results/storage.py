@@ -1,8 +1,9 @@
 """Results on disk: parquet for tables, safetensors for arrays, nothing that can run code, the same bytes each time.
 
 `arrays/<analysis>.safetensors` carries one metadata entry, `attnlab`: a JSON object with the findings, the metrics of
-the analysis (its rows in `tables/heads.parquet`), the names of its further tables and each array's axes, coordinates,
-unit and description. One entry because safetensors writes several in no fixed order.
+the analysis (its rows in `tables/heads.parquet`), how those that it declares are shown, the names of its further tables
+and each array's axes, coordinates, unit and description. One entry because safetensors writes several in no fixed
+order.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from attnlab.errors import RunFolderError
+from attnlab.results.metric import Metric
 from attnlab.results.result import HEADS_COLUMNS, NamedArray, Result, combine_heads, heads_frame, sort_heads
 
 HEADS_FILE = "tables/heads.parquet"
@@ -57,12 +59,14 @@ def encode_table(frame: pd.DataFrame) -> bytes:
 
 
 def encode_arrays(result: Result) -> bytes:
-    """Arrays, findings and the names of the metrics as the bytes of a safetensors file."""
+    """Arrays, findings and what the metrics are called as the bytes of a safetensors file."""
     description = {
         "format": FORMAT,
         "analysis": result.analysis,
         "findings": list(result.findings),
         "metrics": sorted(set(result.heads["metric"])),
+        # A list: keys are sorted, and the order of the metrics is that in which they are offered.
+        "declared": [{"metric": name, **about._asdict()} for name, about in result.metrics.items()],
         "tables": list(result.more_tables),
         "arrays": {
             name: {
@@ -121,6 +125,11 @@ def read_result(directory: Path, analysis: str) -> dict[str, Any]:
                 values[name], tuple(about["axes"]), about["coordinates"], about["unit"], about["description"]
             )
             for name, about in description["arrays"].items()
+        },
+        # Runs of earlier versions declare none; their metrics go by their names.
+        "metrics": {
+            about["metric"]: Metric(**{name: about[name] for name in Metric._fields})
+            for about in description.get("declared", ())
         },
     }
 

@@ -157,7 +157,7 @@ class Analysis(ABC):
 
     @abstractmethod
     def result(self) -> Result:
-        """The result of all data merged so far."""
+        """The result of all data merged so far; its `metrics` say what the metrics of its heads are called."""
 
     @classmethod
     @abstractmethod

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from attnlab.errors import AttnlabError, RunFolderError
+from attnlab.results.metric import Metric
 from attnlab.results.result import NamedArray, Result, combine_heads
 from attnlab.runs.by_sequence import read_by_sequence
 from attnlab.runs.store import RunFolder
@@ -41,6 +42,14 @@ class Run:
     def heads(self) -> pd.DataFrame:
         """One row for each head and metric: layer, head, kind, metric, value, stderr, n."""
         return combine_heads(self.results.values())
+
+    @cached_property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What the metrics of `heads` are called, in which unit and range, analysis after analysis, by name.
+
+        Metrics that their analysis does not declare are missing, as are those of runs by versions before it could.
+        """
+        return {name: about for result in self.results.values() for name, about in result.metrics.items()}
 
     @cached_property
     def sequences(self) -> Mapping[str, NamedArray]:

@@ -185,6 +185,16 @@ def test_help_names_every_option_and_gives_examples(command: Command) -> None:
         assert option in said.out
 
 
+def test_what_two_commands_share_is_said_alike(command: Command) -> None:
+    def said(name: str) -> dict[str, str]:
+        options = " ".join(command(name, "--help").out.split()).split(" --")[1:]
+        return {text.split()[0]: text for text in options}
+
+    analyze, experiment = said("analyze"), said("experiment")
+    for option in ("column", "max-length", "batch-size", "limit", "device", "dtype"):
+        assert analyze[option] == experiment[option]
+
+
 def test_lists_and_version(command: Command) -> None:
     listed = command("analyses").out
     assert "entropy" in listed

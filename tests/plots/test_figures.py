@@ -1,11 +1,13 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from attnlab.plots import head_map, matrix_figure, pool_matrix, profile, quantise, top_bars
+from attnlab.plots.metrics import in_order
 from attnlab.plots.profile import layer_means
-from attnlab.results import heads_frame
+from attnlab.results import Metric, Result, heads_frame
 
 
 def rows(kind="self", metric="entropy", layers=2, heads=3):
@@ -14,8 +16,12 @@ def rows(kind="self", metric="entropy", layers=2, heads=3):
     ]
 
 
+def declared(metric, about):
+    return Result("study", (), heads_frame(rows(metric=metric)), pd.DataFrame(), {}, metrics={metric: about})
+
+
 def test_a_head_map_has_layers_down_and_heads_across_with_hover():
-    trace = head_map(heads_frame(rows()), "entropy").data[0]
+    trace = head_map(declared("entropy", Metric("Attention entropy", "nats")), "entropy").data[0]
     assert trace.z.tolist() == [[0, 1, 2], [10, 11, 12]]
     assert "12 ± 0.5 nats" in trace.customdata[1][2]
     assert "7 sequences" in trace.customdata[1][2]
@@ -44,6 +50,36 @@ def test_values_of_both_signs_get_a_diverging_scale_about_zero():
 def test_an_unknown_metric_is_named_with_those_there_are():
     with pytest.raises(ValueError, match="there are: entropy"):
         head_map(heads_frame(rows()), "nonsense")
+
+
+def test_a_map_is_titled_and_coloured_as_its_analysis_declares():
+    figure = head_map(declared("strength_5", Metric("Strength at 5", "N", "how much", -1.0, 100.0)), "strength_5")
+    assert figure.layout.title.text == "Strength at 5"
+    assert figure.layout.title.subtitle.text == "how much (N)"
+    assert figure.data[0].colorbar.title.text == "N"
+    assert (figure.data[0].zmin, figure.data[0].zmax) == (-1.0, 100.0)
+    figure = head_map(declared("strength_5", Metric("Strength at 5", low=5.0, high=6.0)), "strength_5")
+    assert (figure.data[0].zmin, figure.data[0].zmax) == (0.0, 12.0)
+
+
+def test_rows_alone_and_what_is_not_declared_go_by_the_name_in_words():
+    assert head_map(heads_frame(rows(metric="kept_at_10")), "kept_at_10").layout.title.text == "Kept at 10"
+    found = Result("study", (), heads_frame(rows(metric="kept_at_10")), pd.DataFrame(), {})
+    assert head_map(found, "kept_at_10").layout.title.text == "Kept at 10"
+
+
+def test_what_a_declaration_says_is_text_and_no_markup():
+    figure = head_map(declared("a", Metric("Rows with A < 1/N", "<b>", "A & B")), "a")
+    assert figure.layout.title.text == "Rows with A &lt; 1/N"
+    assert figure.layout.title.subtitle.text == "A &amp; B (&lt;b&gt;)"
+    assert "&lt;b&gt;" in figure.data[0].customdata[0][0]
+
+
+def test_metrics_stand_as_they_come_and_series_last_by_their_numbers():
+    given = ["kept_10", "kept_20", "kept_5", "kept_0.5", "kept_1e-05", "share", "h2o_kept_5", "h2o_kept_10", "top_3"]
+    assert in_order(given) == [
+        "share", "top_3", "kept_1e-05", "kept_0.5", "kept_5", "kept_10", "kept_20", "h2o_kept_5", "h2o_kept_10",
+    ]  # fmt: skip
 
 
 def test_pooling_keeps_the_mean_and_leaves_missing_cells_out():

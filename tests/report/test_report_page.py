@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import attnlab
 from attnlab.report import write_report
 from attnlab.report.tables import number_text, table_html
-from attnlab.results import Result, heads_frame
+from attnlab.results import Metric, Result, heads_frame
 from attnlab.runs.run import Run
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -115,6 +115,19 @@ def test_results_of_any_analysis_are_shown_with_their_text_escaped(browse, tmp_p
     dom, console = browse(tmp_path / "r.html")
     assert console == []
     assert not re.search(r"<img[^>]*onerror", dom)
+
+
+def test_metrics_are_chosen_in_their_order_and_series_by_their_numbers(tmp_path):
+    declared = {f"kept_{n}": Metric(f"Kept at {n} %") for n in (5, 10, 2.5, 50)} | {"whole": Metric("All of it")}
+    names = ["also_20", "also_3", *declared, "not_declared"]
+    heads = heads_frame([(0, 0, "self", name, 0.5, 0.1, 2) for name in names])
+    result = Result("study", (), heads, pd.DataFrame(), {}, metrics=declared)
+    write_report(Run({"study": result}, {"data": {}}, {}), tmp_path / "r.html")
+    pills = re.findall(r'data-show="map-\d+-data"[^>]*>([^<]+)<', (tmp_path / "r.html").read_text())
+    assert pills == [
+        "All of it", "Not declared", "Kept at 2.5 %", "Kept at 5 %", "Kept at 10 %", "Kept at 50 %", "Also 3",
+        "Also 20",
+    ]  # fmt: skip
 
 
 def test_tables_are_cut_escaped_and_keep_exact_values_for_sorting():

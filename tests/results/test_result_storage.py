@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from attnlab.errors import AttnlabError, RunFolderError
-from attnlab.results import NamedArray, Result, combine_heads, heads_frame, result_files
+from attnlab.results import Metric, NamedArray, Result, combine_heads, heads_frame, result_files
 
 
 def example(analysis="study", metric="strength"):
@@ -31,6 +33,38 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     np.testing.assert_array_equal(array.values, result.arrays["study.values"].values)
     assert (array.axes, dict(array.coordinates), array.unit) == (("bin", "layer"), {"bin": [0, 1, 2, 5]}, "nats")
     assert loaded.arrays["empty"].values.shape == (0,)
+
+
+METRICS = {
+    "strength": Metric("Strength", "N", "A mean.", 0.0, 1.0),
+    "a_first": Metric("Of α", high=2.5),
+}
+
+
+def test_what_metrics_are_called_is_kept_in_its_order(tmp_path):
+    replace(example(), metrics=METRICS).save(tmp_path)
+    loaded = Result.load(tmp_path, "study")
+    assert list(loaded.metrics.items()) == list(METRICS.items())
+    assert loaded.plot().layout.title.text == "Strength"
+
+
+def test_a_result_of_an_earlier_version_opens_with_names_in_words(tmp_path):
+    result = replace(example(metric="strength_at_5"), metrics={"strength_at_5": Metric("Strength at five")})
+    result.save(tmp_path)
+    path = tmp_path / "arrays" / "study.safetensors"
+    with safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["attnlab"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del about["declared"]
+    save_file(arrays, path, metadata={"attnlab": json.dumps(about)})
+    loaded = Result.load(tmp_path, "study")
+    assert loaded.metrics == {}
+    assert loaded.plot().layout.title.text == "Strength at 5"
+
+
+def test_a_metric_that_is_declared_by_a_title_alone_is_refused():
+    with pytest.raises(ValueError, match=r"declared as 'Strength'; an attnlab\.results\.Metric"):
+        Result("study", (), heads_frame([]), pd.DataFrame(), {}, metrics={"strength": "Strength"})
 
 
 def test_a_further_table_whose_name_is_no_name_of_a_file_is_refused():

@@ -518,7 +518,10 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "other_name = others_own:Own\nstops = others_own:Stops\n"
     )
     (tmp_path / "site" / "others_own.py").write_text(
+        "from dataclasses import replace\nfrom attnlab.results import Metric\n"
         "from attnlab_analyses.entropy import Entropy\nclass Own(Entropy):\n    name = 'own'\n"
+        "    def result(self):\n        metrics = {'entropy': Metric('Spread as others say', 'nats', high=99.0)}\n"
+        "        return replace(super().result(), metrics=metrics)\n"
         "class Stops(Own):\n    name = 'stops'\n    @classmethod\n    def refusal(cls, layout): return 1 / 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -537,3 +540,18 @@ def test_another_packages_analyses_are_found_and_broken_ones_said(model: attnlab
     assert any("'stops' cannot be set up: ZeroDivisionError" in note for note in notes)
     with pytest.raises(AttnlabError, match="cannot be loaded"):
         choose_studies(["broken"], model.layout)
+
+
+@pytest.mark.usefixtures("third_party")
+def test_what_another_package_calls_its_metrics_outlives_it(
+    model: attnlab.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = attnlab.analyze(model, [[1, 2, 3, 4]], analyses=["own"], out=tmp_path / "run")
+    assert run.metrics["entropy"].title == "Spread as others say"
+    assert run["own"].plot("entropy").layout.title.text == "Spread as others say"
+    assert ">Spread as others say</button>" in run.report_path.read_text()  # type: ignore[union-attr]
+    assert ">Effective keys</button>" in run.report_path.read_text()  # type: ignore[union-attr]
+    monkeypatch.undo()
+    assert "own" not in attnlab.runs.registry.analysis_names()
+    figure = attnlab.load_run(tmp_path / "run")["own"].plot("entropy")
+    assert (figure.layout.title.text, figure.data[0].zmax) == ("Spread as others say", 99.0)
