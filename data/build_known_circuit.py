@@ -24,7 +24,6 @@ from circuit_parts import (
     NEEDLE,
     ONE,
     OUT,
-    PADDING,
     POSITION,
     PREVIOUS,
     PREVIOUS_IS_NEEDLE,
@@ -38,7 +37,8 @@ from circuit_parts import (
     rest,
     token_codes,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from shipped_tokenizers import wrapped
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from attnlab.capture.call import Head
@@ -204,14 +204,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE(vocabulary, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", START)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=SPECIAL[START], pad_token=SPECIAL[PADDING],
-        additional_special_tokens=[SPECIAL[NEEDLE], SPECIAL[ASK]], model_max_length=CONFIG.max_position_embeddings,
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    more = [SPECIAL[NEEDLE], SPECIAL[ASK]]
+    return wrapped(made, CONFIG.max_position_embeddings, additional_special_tokens=more)
 
 
 def _byte_letters() -> list[str]:

@@ -9,11 +9,13 @@ https://arxiv.org/abs/2312.04927): a pair's second token is known where the firs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100
 SPECIAL = 3
@@ -47,6 +49,12 @@ class Batch(NamedTuple):
 
     ids: Tensor
     labels: Tensor
+
+
+def stream_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """Return the tokens of the texts one after another, each text with its end and without a start, [tokens]."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return np.concatenate([np.array([*ids, tokenizer.eos_token_id]) for ids in encoded])
 
 
 class Source:

@@ -13,7 +13,8 @@ from functools import cache
 from string import Formatter
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from shipped_tokenizers import wrapped
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from attnlab.tasks import words
@@ -21,6 +22,7 @@ from attnlab.tasks.agreement import TEMPLATES as AGREEMENT
 from attnlab.tasks.colored_objects import TEMPLATES as COLORED_OBJECTS
 from attnlab.tasks.docstring import TEMPLATES as SHAPES
 from attnlab.tasks.docstring import template
+from attnlab.tasks.draw import part_of
 from attnlab.tasks.greater_than import TEMPLATES as GREATER_THAN
 from attnlab.tasks.ioi import TEMPLATES as IOI
 
@@ -48,16 +50,24 @@ SENTENCES = (
 )  # fmt: skip
 
 
+HELD_OUT = 4
+"""How many times as often as another word a held-out one fills a field: it is in no prompt that is learned from."""
+
+
 @cache
 def fillings() -> dict[str, tuple[str, ...]]:
-    """Every field of the sentences with the words that fill it; a field and the same with a 2 are filled alike."""
-    return {
+    """Every field of the sentences with the words that fill it, each as many times as it should come.
+
+    A field and the same with a 2 are filled alike.
+    """
+    known = {
         "name": words.NAMES, "other": words.NAMES, "place": words.PLACES, "gift": words.GIFTS, "object": words.OBJECTS,
         "color": words.COLORS, "event": words.EVENTS, "argument": words.ARGUMENTS, "description": words.DESCRIPTIONS,
         "one": tuple(noun.one for noun in words.NOUNS), "several": tuple(noun.several for noun in words.NOUNS),
         "verb_one": tuple(verb.one for verb in words.VERBS), "verb": tuple(verb.several for verb in words.VERBS),
-        "year": tuple(f"{year}" for year in range(1100, 1800)), "preposition": PREPOSITIONS,
     }  # fmt: skip
+    oftener = {field: (*several, *(HELD_OUT - 1) * part_of(several, "held_out")) for field, several in known.items()}
+    return oftener | {"year": tuple(f"{year}" for year in range(1100, 1800)), "preposition": PREPOSITIONS}
 
 
 def sentence(rng: np.random.Generator) -> str:
@@ -105,10 +115,4 @@ def new_tokenizer(texts: Sequence[str], size: int, context: int) -> PreTrainedTo
     kept = [*needed, *(piece for piece in frequent if piece not in needed)][:size]
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(kept)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", SPECIAL.index("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        model_max_length=context, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    return wrapped(tokenizer, context)

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from shipped_tokenizers import special_ids, wrapped
+from shipped_writing import write_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from train_pydoc_4l import Progress, learning_rate, load_checkpoint, new_optimizers, save_checkpoint
+from training import Progress, descend, learning_rate, load_checkpoint, new_optimizers, save_checkpoint
 from transformers import GenerationConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
 from attnlab.tasks.grammar import vocabulary
@@ -27,7 +29,7 @@ from attnlab.tasks.translation import Translations, in_token_ids, sentence_pairs
 from attnlab.verify import write_figures
 
 SENTENCES, BATCH, STEPS = 20_000, 64, 1600
-MUON_PEAK, ADAMW_PEAK, CLIP = 1e-2, 3e-3, 1.0
+MUON_PEAK, ADAMW_PEAK = 1e-2, 3e-3
 LENGTH = 32
 SAVE_EVERY = 50
 
@@ -39,21 +41,14 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(entries, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        model_max_length=LENGTH,
-        clean_up_tokenization_spaces=False,
-    )
+    return wrapped(tokenizer, LENGTH)
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> MarianMTModel:
     """Return the model with random weights."""
     torch.manual_seed(seed)
     width = 48
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = special_ids(tokenizer)
     config = MarianConfig(
         vocab_size=len(tokenizer),
         d_model=width,
@@ -98,16 +93,10 @@ def train(data: Translations, model: MarianMTModel, work: Path, seed: int, steps
     model.train()
     recent: list[float] = []
     for step in range(done.step, end):
-        for optimizer, peak in zip(optimizers, (MUON_PEAK, ADAMW_PEAK), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate(step, steps)
         drawn = np.random.default_rng([seed, step]).integers(len(data), size=BATCH)
         loss = loss_of(model, data, torch.from_numpy(drawn))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        rate = learning_rate(step, steps)
+        descend(loss, model, optimizers, (rate * MUON_PEAK, rate * ADAMW_PEAK))
         recent.append(loss.item())
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == end:
             seconds = time.monotonic() - began
@@ -130,11 +119,7 @@ def main() -> None:
     tokenizer = new_tokenizer()
     model = new_model(tokenizer, arguments.seed)
     train(learned_from(tokenizer, arguments.seed), model, arguments.work, arguments.seed, STEPS)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(arguments.out)
-    model.config.dtype = "float32"  # stored in half the bytes, run in full precision
-    model.config.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
+    write_model(arguments.out, model, tokenizer)
     write_figures("aligner", arguments.out)
     shutil.rmtree(arguments.work)
     print(f"Written to {arguments.out}")

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from shipped_writing import write_model
 from torch import Tensor
-from train_pydoc_4l import Progress, learning_rate, load_checkpoint, save_checkpoint
+from training import Progress, descend, learning_rate, load_checkpoint, save_checkpoint
 from transformers import ViTConfig, ViTForImageClassification
 
 from attnlab.verify import write_figures
@@ -30,7 +31,7 @@ from attnlab.verify.digits_vit import HELD_OUT_FILE, pixels
 
 SPLIT_SEED, HELD_OUT = 1797, 449
 STEPS, BATCH, SHIFT = 5000, 128, 1
-PEAK, WEIGHT_DECAY, CLIP = 2e-3, 0.05, 1.0
+PEAK, WEIGHT_DECAY = 2e-3, 0.05
 SAVE_EVERY = 200
 
 
@@ -116,19 +117,14 @@ def train(data: Digits, work: Path, seed: int, steps: int, stop: int | None = No
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, PEAK, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     done = load_checkpoint(work, model, (optimizer,))
     began = time.monotonic() - done.seconds
     end = steps if stop is None else stop
     for step in range(done.step, end):
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK * learning_rate(step, steps)
         drawn = batch(data.train, seed, step)
         loss = model.train()(pixel_values=pixels(drawn.images), labels=drawn.labels.long()).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(loss, model, (optimizer,), (PEAK * learning_rate(step, steps),))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == end:
             seconds = time.monotonic() - began
             save_checkpoint(work, model, (optimizer,), Progress(step + 1, seconds))
@@ -151,10 +147,7 @@ def main() -> None:
 
     data = digits()
     model = train(data, arguments.work, arguments.seed, STEPS)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(arguments.out)
-    model.config.dtype = "float32"  # stored in half the bytes, run in full precision
-    model.config.save_pretrained(arguments.out)
+    write_model(arguments.out, model)
     held_out = {name: part.contiguous() for name, part in data.held_out._asdict().items()}
     save_file(held_out, arguments.out / HELD_OUT_FILE)
     write_figures("digits-vit", arguments.out)

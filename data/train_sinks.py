@@ -22,16 +22,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from shipped_batches import Source, Stage
+from first_weights import draw_for_width
+from shipped_batches import Source, Stage, stream_of
 from shipped_corpus import Split, corpus
-from train_pydoc_4l import (
-    Progress,
-    learning_rate,
-    load_checkpoint,
-    new_optimizers,
-    save_checkpoint,
-    train_tokenizer,
-)
+from shipped_tokenizers import special_ids, train_tokenizer
+from shipped_writing import write_model
+from training import Progress, descend, learning_rate, load_checkpoint, new_optimizers, save_checkpoint
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from attnlab.models import sigmoid
@@ -39,7 +35,7 @@ from attnlab.verify import write_figures
 from attnlab.verify.sinks import CHECKPOINTS, KINDS, LENGTH, Inputs, held_out_texts, inputs, sinks_of
 
 VOCABULARY, ROWS, STEPS = 512, 64, 1500
-MUON_PEAK, ADAMW_PEAK, CLIP = 1e-2, 3e-3, 1.0
+MUON_PEAK, ADAMW_PEAK = 1e-2, 3e-3
 SHARES = {"echo": 0.1, "recall": 0.2, "random_repeats": 0.1, "text_repeats": 0.1}
 KEPT = (200,)
 MEASURED = (25, 50, 100, *range(200, STEPS + 1, 100))
@@ -60,31 +56,26 @@ def new_model(tokenizer: PreTrainedTokenizerFast, normalizer: Normalizer, seed: 
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special_ids(tokenizer),
         attnlab_normalizer=normalizer,
     )
     if normalizer == "sigmoid":
         config.attnlab_sigmoid_bias = -math.log(LENGTH)
     sigmoid.prepare(config, f"sinks-{normalizer}")
     model = LlamaForCausalLM(config)
-    for name, weight in model.named_parameters():
-        if "embed" in name or "q_proj" in name or "k_proj" in name:
-            torch.nn.init.normal_(weight, std=config.hidden_size**-0.5)
+    draw_for_width(model, ("embed", "q_proj", "k_proj"))
     return model
 
 
-def write_model(folder: Path, model: LlamaForCausalLM) -> None:
-    """Write weights in half precision, and a configuration that asks for the model's own attention."""
+def write_point(folder: Path, model: LlamaForCausalLM) -> None:
+    """Write a copy of the model as it is now, with a configuration that asks for its own attention."""
     stored = LlamaForCausalLM(model.config)
     stored.load_state_dict(model.state_dict())
-    stored.half().save_pretrained(folder)
-    path = folder / "config.json"
-    stated = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    write_model(folder, stored)
     if model.config.attnlab_normalizer == "sigmoid":
-        stated["attn_implementation"] = sigmoid.NAME
-    path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path = folder / "config.json"
+        stated = json.loads(path.read_text(encoding="utf-8")) | {"attn_implementation": sigmoid.NAME}
+        path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
@@ -98,10 +89,9 @@ class Corpus(NamedTuple):
 
 def encoded(texts: Split) -> Corpus:
     """Train the tokenizer on the documents to learn from, and encode them; the texts that ship were held out."""
-    tokenizer = train_tokenizer([document.text for document in texts.train], VOCABULARY, LENGTH)
-    ids = tokenizer([document.text for document in texts.train], add_special_tokens=False, verbose=False)["input_ids"]
-    stream = np.concatenate([np.array([*document, tokenizer.eos_token_id]) for document in ids])
-    return Corpus(tokenizer, stream, inputs(tokenizer, held_out_texts()))
+    learned = [document.text for document in texts.train]
+    tokenizer = train_tokenizer(learned, VOCABULARY, LENGTH)
+    return Corpus(tokenizer, stream_of(learned, tokenizer), inputs(tokenizer, held_out_texts()))
 
 
 def train(
@@ -118,17 +108,11 @@ def train(
     began, end = time.monotonic() - done.seconds, steps if stop is None else stop
     for step in range(done.step, end):
         batch = source.batch(stage, step)
-        for optimizer, peak in zip(optimizers, (MUON_PEAK, ADAMW_PEAK), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate(step, steps)
         loss = model(input_ids=batch.ids, labels=batch.labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        rate = learning_rate(step, steps)
+        descend(loss, model, optimizers, (rate * MUON_PEAK, rate * ADAMW_PEAK))
         if step + 1 in KEPT:
-            write_model(work / CHECKPOINTS / f"step-{step + 1}", model)
+            write_point(work / CHECKPOINTS / f"step-{step + 1}", model)
         if step + 1 in MEASURED or step + 1 == steps:
             found = sinks_of(model, corpus.unseen)
             curve.append({"step": step + 1} | {name: round(value, 5) for name, value in found.items()})
@@ -167,10 +151,8 @@ def main() -> None:
     tokenizer = texts.tokenizer
     print(f"{len(texts.stream)} tokens to learn from", flush=True)
     model = train(arguments.normalizer, texts, work, arguments.seed)
-    write_model(arguments.out, model)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(arguments.out)
+    write_point(arguments.out, model)
+    GenerationConfig(**special_ids(tokenizer)).save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     shutil.copytree(work / CHECKPOINTS, arguments.out / CHECKPOINTS, dirs_exist_ok=True)
     shutil.copyfile(work / CURVE_FILE, arguments.out / CURVE_FILE)

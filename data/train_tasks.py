@@ -16,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from first_weights import draw_for_width, look_for_the_like
 from measure_tasks_truth import write_truth
-from shipped_batches import Stage
+from shipped_batches import Stage, stream_of
 from shipped_corpus import corpus
+from shipped_tokenizers import special_ids
+from shipped_writing import write_model
 from tasks_batches import LENGTH, Mixture, Part
 from tasks_words import new_tokenizer
-from train_pydoc_4l import Progress, learning_rate, load_checkpoint, new_optimizers, save_checkpoint
+from training import Progress, descend, learning_rate, load_checkpoint, new_optimizers, save_checkpoint
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from attnlab.tasks import TASKS, score
@@ -39,7 +42,7 @@ SCHEDULE = (
     Part(MIRROR, lookup_rows=7, mirrored=1.0),
     Part(LOOK, lookup_rows=7, mirrored=0.3, before=0.4),
     Part(TASK, task_rows=13, lookup_rows=2, mirrored=0.2, before=0.5),
-    Part(TASK._replace(steps=1600), task_rows=13, lookup_rows=2, mirrored=0.2, before=0.5, slow=2),
+    Part(TASK._replace(steps=1600), task_rows=13, lookup_rows=2, mirrored=0.2, before=0.5, slow=2, sentences=0.35),
     Part(TASK._replace(steps=600), task_rows=15, lookup_rows=1, mirrored=0.2, before=0.5, slow=3, sentences=0.5),
 )
 """The parts, in order: every one builds on what formed before."""
@@ -50,8 +53,6 @@ The first fall was too early for agreement, so at step 2600 the rate begins near
 more plain sentences, is for words that are in no prompt of training: some plurals were known too little.
 """
 MUON_PEAK, ADAMW_PEAK = 5e-3, 1e-3
-CLIP = 1.0
-WRITTEN = 0.3
 SAVE_EVERY, SCORE_EVERY = 100, 300
 SCORED = 100
 
@@ -59,9 +60,8 @@ SCORED = 100
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """Return the model with random weights.
 
-    As in "Mimetic initialization of self-attention layers" (arXiv 2305.09828), a head's queries and keys begin alike,
-    so that like tokens find each other, and what it writes begins as a share of what it reads. With that and short
-    sequences first, recall formed within 500 steps; without either it had not formed in 700.
+    With heads that look for the like from the first step on, and short sequences first, recall formed within 500 steps;
+    without either it had not formed in 700.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -73,19 +73,11 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
         num_attention_heads=8,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special_ids(tokenizer),
     )
     model = LlamaForCausalLM(config)
-    for name, weight in model.named_parameters():
-        if any(part in name for part in ("embed", "q_proj", "v_proj")):
-            torch.nn.init.normal_(weight, std=config.hidden_size**-0.5)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
-            attention.o_proj.weight.copy_(WRITTEN * attention.v_proj.weight.T)
+    draw_for_width(model, ("embed", "q_proj", "v_proj"))
+    look_for_the_like(model.model.layers)
     return model
 
 
@@ -121,8 +113,7 @@ def main() -> None:
     texts = [document.text for document in corpus().train]
     tokenizer = new_tokenizer(texts, VOCABULARY, CONTEXT)
     order = np.random.default_rng(arguments.seed).permutation(len(texts))
-    encoded = tokenizer([texts[i] for i in order], add_special_tokens=False, verbose=False)["input_ids"]
-    stream = np.concatenate([np.array([*ids, tokenizer.eos_token_id]) for ids in encoded])
+    stream = stream_of([texts[i] for i in order], tokenizer)
     unknown = float((stream == tokenizer.unk_token_id).mean())
     print(f"{len(texts)} documents, {len(stream)} tokens, of them {unknown:.1%} unknown words", flush=True)
 
@@ -136,16 +127,10 @@ def main() -> None:
     recent: list[float] = []
     for step in range(done.step, last):
         batch = mixture.batch(schedule[step], step)
-        for optimizer, peak in zip(optimizers, (MUON_PEAK, ADAMW_PEAK), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate(step)
         logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
         loss = batch.loss(logits)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        share = rate(step)
+        descend(loss, model, optimizers, (share * MUON_PEAK, share * ADAMW_PEAK))
         recent.append(loss.item())
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == last:
             seconds = time.monotonic() - began
@@ -162,14 +147,8 @@ def main() -> None:
                 print(f"    {name}: " + ", ".join(f"{share:.2f}" for share in shares), flush=True)
     if last < len(schedule):
         return
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model.eval().half().save_pretrained(arguments.out)
-    model.config.dtype = "float32"  # stored in half the bytes, run in full precision
-    model.config.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
+    model.generation_config = GenerationConfig(**special_ids(tokenizer))
+    write_model(arguments.out, model, tokenizer)
     print(f"Trained in {time.monotonic() - began:.0f} s; written to {arguments.out}", flush=True)
     write_truth(arguments.out)
     write_figures("tasks", arguments.out)

@@ -21,13 +21,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from shipped_batches import stream_of
 from shipped_corpus import corpus
 from tasks_batches import LENGTH, Batch, Mixture
 from torch import Tensor
@@ -40,7 +40,7 @@ from attnlab.sae.stored import FOLDER
 from attnlab.verify import write_figures
 from attnlab.verify.attention_saes import figures_of
 
-LAYERS = (0, 2)
+LAYERS = (0, 3)
 """Those whose heads have the largest effects on the tasks in all, by `truth.json`."""
 CONTROL = "random-weights.json"
 
@@ -70,9 +70,7 @@ class Plan(NamedTuple):
 def mixture_of(tokenizer: PreTrainedTokenizerFast, seed: int) -> Mixture:
     """What the model learned from."""
     texts = [document.text for document in corpus().train]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    stream = np.concatenate([np.array([*ids, tokenizer.eos_token_id]) for ids in encoded])
-    return Mixture(stream, tokenizer, seed)
+    return Mixture(stream_of(texts, tokenizer), tokenizer, seed)
 
 
 def drawn(mixture: Mixture) -> Iterator[Batch]:

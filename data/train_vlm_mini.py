@@ -21,10 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from first_weights import WRITTEN, look_for_the_like
+from shipped_tokenizers import special_ids, wrapped
+from shipped_writing import write_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, pad, rms_norm
-from train_pydoc_4l import WARM_UP, Progress, learning_rate, load_checkpoint, new_optimizers, save_checkpoint
+from training import WARM_UP, Progress, descend, learning_rate, load_checkpoint, new_optimizers, save_checkpoint
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -54,8 +57,6 @@ SEEING, STEPS, BATCH = 800, 3200, 64
 """Steps in which the vision tower learns alone, all steps, pictures of one."""
 SEEING_PEAKS, ANSWERING_PEAKS = (5e-3, 2e-3), (1e-3, 1e-3)
 """Learning rates of Muon and AdamW; at the first ones the words' model loses the look-ups that it begins with."""
-CLIP = 1.0
-WRITTEN = 0.3
 TURN, SIZE, SHIFT = math.radians(12), 0.12, 1.0
 """Largest turn, logarithm of a stretch, and shift in pixels of an image that is learned from."""
 NAMED, BESIDE = 0.3, 0.5
@@ -72,21 +73,11 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", behavior="isolated")]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", SPECIAL.index("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"}, model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    return wrapped(tokenizer, CONTEXT, extra_special_tokens={"image_token": "<image>"})
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """Return the model with random weights.
-
-    As in "Mimetic initialization of self-attention layers" (arXiv 2305.09828), a head's queries and keys begin alike,
-    so that like tokens find each other, and what it writes begins as a share of what it reads.
-    """
+    """Return the model with random weights; heads of the words' model begin by looking for the like."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=48,
@@ -106,9 +97,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditio
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special_ids(tokenizer),
     )
     config = LlavaConfig(
         vision_config=vision,
@@ -119,18 +108,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditio
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
-    language = model.model.language_model
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             read = weight.shape[1]
             torch.nn.init.normal_(weight, std=read**-0.5)
         if "down_proj" in name or "fc2" in name or "out_proj" in name:
             weight.data.mul_(WRITTEN)
-    with torch.no_grad():
-        for layer in language.layers:
-            attention = layer.self_attn
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
-            attention.o_proj.weight.copy_(WRITTEN * attention.v_proj.weight.T)
+    look_for_the_like(model.model.language_model.layers)
     return model
 
 
@@ -217,9 +201,6 @@ def train(
     end = steps if stop is None else stop
     recent: list[tuple[float, ...]] = []
     for step in range(done.step, end):
-        for optimizer, rate in zip(optimizers, rates(step, steps), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
         drawn = batch(tokenizer, known, seed, step)
         if step < SEEING:
             seen = model.get_image_features(drawn.pixel_values).pooler_output
@@ -230,11 +211,7 @@ def train(
             cells = loss_of_cells(model, tokenizer, drawn, seen)
             loss = each.mean() + BESIDE * cells
             parts = (cells.item(), each[:BATCH:2].mean().item(), each[1:BATCH:2].mean().item())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(loss, model, optimizers, rates(step, steps))
         recent.append(parts)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == end:
             seconds = time.monotonic() - began
@@ -263,14 +240,8 @@ def main() -> None:
 
     tokenizer = new_tokenizer()
     model = train(tokenizer, digit_images("train"), arguments.work, arguments.seed, STEPS)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(arguments.out)
-    model.config.dtype = "float32"  # stored in half the bytes, run in full precision
-    model.config.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
+    model.generation_config = GenerationConfig(**special_ids(tokenizer))
+    write_model(arguments.out, model, tokenizer)
     write_figures("vlm-mini", arguments.out)
     shutil.rmtree(arguments.work)
     print(f"Written to {arguments.out}")

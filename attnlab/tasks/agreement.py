@@ -44,6 +44,11 @@ TEMPLATES = (
     "The {subject} at the {attractor}",
     "In the end the {subject} near the {attractor}",
     "Today the {subject} from the {attractor}",
+    "The {subject} on top of the {attractor}",
+    "The {subject} next to the {attractor}",
+    "Today the {subject} at the end of the {attractor}",
+    "In the end the {subject} beside the {attractor}",
+    "The {subject} on the side of the {attractor}",
 )
 Attractor = Literal["opposite", "same", "both"]
 _NEEDED = 2

@@ -54,6 +54,11 @@ TEMPLATES = (
     "After {A} and {B} came to the {place}, {S2} showed a {gift} to",
     "At lunch {A} and {B} had a long talk, and {S2} wanted to show the {gift} to",
     "Afterwards {A} and {B} were walking to the {place} with a {gift}. {S2} handed it to",
+    "Then, {A} was at the {place} with {B}. {S2} decided to hand the {gift} to",
+    "When {A} came back with {B}, {S2} wanted to give the {gift} to",
+    "Afterwards, {A} and {B} found a {gift}. {S2} decided to show it to",
+    "Then {A} and {B} met at the {place}, and {S2} decided to give a {gift} to",
+    "While {A} was walking to the {place} with {B}, {S2} showed the {gift} to",
 )
 """`A` and `B` are IO and S1 in one order or the other."""
 

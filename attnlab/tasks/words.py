@@ -81,12 +81,22 @@ OBJECTS = _list(
 NOUNS = tuple(
     _noun(word)
     for word in _list(
-        """actor argument artist attribute author bird block box boy brother call car cat character class client
-        command daughter doctor dog driver element error event exception farmer father field file friend
-        function girl guard header horse house instance item judge key king lawyer letter line list manager
-        message method module mother name number object officer option owner parameter path picture pilot
-        player queen sister soldier son string student subclass teacher test thread tree type value variable
-        worker writer"""
+        """actor album animal apple argument article artist attribute aunt author band bank bear bird block boat book
+        bottle box boy bridge brother building button camera camp candidate captain car card castle cat cell
+        chair chapter character chief church citizen class client clock cloud club coach college column command
+        computer cousin cow critic customer dancer daughter dealer designer desk device director doctor dog
+        door driver editor egg element employee engine engineer error event exception expert fan farm farmer
+        father field fighter file film flower forest fox friend function game garden gate ghost giant girl goal
+        group guard guest guide gun hall hat header horse hospital hotel house hunter instance island item
+        journal judge key kid king lake lamp language lawyer leader lesson letter line lion list machine
+        magazine manager market member message method minister mirror model module monster mother mountain
+        movie museum name neighbor number nurse object office officer option owner page painter parameter park
+        partner path patient phone picture pilot plane planet plant plate player poem poet prince prisoner
+        product program project queen reader record report restaurant river road robot rock room sailor scholar
+        school scientist senator servant server ship shoe shop singer sister snake soldier son song speaker
+        star station stone storm stranger street string student subclass system table task teacher temple test
+        theater thread ticket tiger tool tower town tree truck type user value variable vehicle village visitor
+        wall warrior weapon wheel window winner word worker writer"""
     )
 )
 VERBS = (

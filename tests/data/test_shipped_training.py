@@ -13,7 +13,9 @@ import torch
 from transformers import AutoTokenizer
 
 MODEL = Path(__file__).parents[2] / "data" / "models" / "pydoc-4l"
-MODULES = ("shipped_corpus", "shipped_batches", "nordstrom_robinson", "circuit_parts")
+MODULES = (
+    "shipped_corpus", "shipped_batches", "shipped_tokenizers", "training", "nordstrom_robinson", "circuit_parts",
+)  # fmt: skip
 VOCABULARY, START, IGNORED = 2048, 0, -100
 Script = Callable[[str], ModuleType]
 
@@ -67,6 +69,12 @@ def test_a_random_repeat_is_periodic_and_a_repeated_piece_comes_twice(batches: M
         assert any(places[tuple(row[i : i + 8])] >= i + 8 for i in range(len(row) - 7))
 
 
+def test_a_stream_is_the_texts_one_after_another_with_their_ends(batches: ModuleType) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    stream = batches.stream_of(["One.", "Two, three."], tokenizer)
+    assert tokenizer.decode(stream) == "One.</s>Two, three.</s>"
+
+
 def test_nothing_held_out_is_learned_from(script: Script) -> None:
     corpus = script("shipped_corpus")
     twin = "This very paragraph stands in two documents, and is long enough to be worth telling apart. " * 3
@@ -80,7 +88,7 @@ def test_nothing_held_out_is_learned_from(script: Script) -> None:
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(script: Script, batches: ModuleType, tmp_path: Path) -> None:
-    train = script("train_pydoc_4l")
+    new_model, training = script("train_pydoc_4l").new_model, script("training")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     stage = batches.Stage(steps=4, rows=2, length=40, echo=0.2, recall=0.2, random_repeats=0.2, text_repeats=0.2)
     source = batches.Source(np.arange(3, VOCABULARY), VOCABULARY, START, seed=0)
@@ -88,20 +96,18 @@ def test_a_stopped_training_goes_on_to_the_same_weights(script: Script, batches:
     def steps(model: torch.nn.Module, optimizers: tuple[torch.optim.Optimizer, ...], numbers: range) -> None:
         for step in numbers:
             drawn = source.batch(stage, step)
-            model(input_ids=drawn.ids, labels=drawn.labels).loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            loss = model(input_ids=drawn.ids, labels=drawn.labels).loss
+            training.descend(loss, model, optimizers, (5e-3, 1e-3))
 
-    whole = train.new_model(tokenizer, seed=0)
-    optimizers = train.new_optimizers(whole)
+    whole = new_model(tokenizer, seed=0)
+    optimizers = training.new_optimizers(whole)
     steps(whole, optimizers, range(2))
-    train.save_checkpoint(tmp_path, whole, optimizers, train.Progress(2, 1.5))
+    training.save_checkpoint(tmp_path, whole, optimizers, training.Progress(2, 1.5))
     steps(whole, optimizers, range(2, 4))
 
-    resumed = train.new_model(tokenizer, seed=1)
-    optimizers = train.new_optimizers(resumed)
-    assert train.load_checkpoint(tmp_path, resumed, optimizers) == train.Progress(2, 1.5)
+    resumed = new_model(tokenizer, seed=1)
+    optimizers = training.new_optimizers(resumed)
+    assert training.load_checkpoint(tmp_path, resumed, optimizers) == training.Progress(2, 1.5)
     steps(resumed, optimizers, range(2, 4))
     pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
