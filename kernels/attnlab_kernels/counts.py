@@ -7,6 +7,9 @@ so their counts are differences of the running counts of the padding masks. Segm
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -62,6 +65,27 @@ def queries_seeing(problem: Problem) -> Tensor:
     if problem.key_mask is not None:
         seeing = seeing * problem.key_mask
     return seeing[:, None].to(problem.dtype)
+
+
+def visible_number(blocks: list[Problem]) -> Tensor:
+    """[b or 1, h or 1, i, 1], how many keys each row sees, in blocks that hold the same queries and different keys."""
+    first, *others = (_seen_in(counted(block)) for block in blocks)
+    return sum(others, start=first)
+
+
+def counted(block: Problem) -> Problem:
+    """What decides which entries count: all but a bias that hides nothing."""
+    hides = block.bias is not None and not (block.bias.numel() and bool(block.bias.amin() > -math.inf))
+    return block if hides else replace(block, bias=None)
+
+
+def _seen_in(block: Problem) -> Tensor:
+    if has_closed_form(block):
+        return keys_seen(block)[..., None]
+    seen = block.visible()
+    if seen is None:
+        return torch.full((1, 1, block.queries, 1), block.keys, dtype=block.dtype, device=block.q.device)
+    return seen.expand(-1, -1, block.queries, block.keys).sum(-1, keepdim=True).to(block.dtype)
 
 
 def _running_count(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

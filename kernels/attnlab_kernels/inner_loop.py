@@ -157,10 +157,10 @@ def _direct_sigmoids(t: Tensor, weight: Tensor, top: Tensor, lowest: float) -> T
 
     `top` takes the logarithm of the largest; returned is one over it, finite.
     """
-    least = t.exp2_().add_(1.0).amin([-1], True)
-    top.copy_(torch.log(least).neg_())
-    finite = least.clamp(max=-lowest)
-    torch.div(finite, t, out=weight)
+    least = t.exp2_().amin([-1], True)
+    top.copy_(torch.log1p(least).neg_())
+    finite = (least + 1.0).clamp(max=-lowest)
+    torch.div(finite, t.add_(1.0), out=weight)
     return finite
 
 

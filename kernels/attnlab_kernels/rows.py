@@ -7,7 +7,6 @@ entropy = ln Z - sum(e^t t) / Z keeps its digits whatever the size of the logits
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnlab_kernels.counts import visible_number
 from attnlab_kernels.hidden import hidden_parts
 from attnlab_kernels.inner_loop import LEAST_ROWS, NEAR_SCORES, chunk_scores, steps
 from attnlab_kernels.problem import Problem
@@ -113,7 +113,7 @@ def _rows(blocks: list[Problem], work: Workspace, asked: Asked, p: Tensor | None
     if block.normalizer == "sigmoid" and block.bias is None and not asked.argmax and not work.small:
         # Without their logarithms, unless they are so small, or NaN, that only these tell.
         found = take(1.0, direct=True)
-        work.small = math.isnan(found.highest) or _any(found, lambda top: top < _SMALL)
+        work.small = math.isnan(found.highest) or _too_small(found, blocks)
         if not work.small:
             return _finished(found, 1.0, block)
     # Exponents of two, since torch's exponential is twenty times slower on -inf and wherever it underflows. The factor
@@ -125,7 +125,7 @@ def _rows(blocks: list[Problem], work: Workspace, asked: Asked, p: Tensor | None
         # What is hidden may hold infinity or NaN, which -inf does not hide by being added.
         found = take(unit, fill)
     if unit != 1:
-        work.large = _any(found, lambda top: top.abs() > _LARGE)
+        work.large = _too_large(found)
         if work.large:
             unit = 1.0
             found = take(unit, fill)
@@ -146,11 +146,18 @@ def _side_by_side(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-def _any(found: _Found, holds: Callable[[Tensor], Tensor]) -> bool:
-    """Whether something holds of the largest logit of a row that sees a key."""
+def _too_small(found: _Found, blocks: list[Problem]) -> bool:
+    """Whether a row that sees a key has only sigmoids of which the largest may have been lost."""
+    if found.lowest >= _SMALL:
+        return False
+    return bool(((found.top < _SMALL) & (visible_number(blocks) > 0)).any())
+
+
+def _too_large(found: _Found) -> bool:
+    """Whether a row that sees a key has logits so large that each rounding shows."""
     if found.lowest > -math.inf:
-        return bool(holds(torch.tensor([found.lowest, found.highest])).any())
-    return bool((holds(found.top) & (found.top != -math.inf)).any())
+        return found.highest > _LARGE or found.lowest < -_LARGE
+    return bool(((found.top.abs() > _LARGE) & (found.top != -math.inf)).any())
 
 
 def _finished(found: _Found, unit: float, block: Problem) -> Rows:

@@ -7,7 +7,6 @@ so two runs give the same bytes.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from attnlab_kernels.counts import has_closed_form, keys_seen, queries_seeing
+from attnlab_kernels.counts import counted, has_closed_form, keys_seen, queries_seeing, visible_number
 from attnlab_kernels.emit import Emitted
 from attnlab_kernels.inner_loop import NEAR_SCORES, steps
 from attnlab_kernels.problem import Problem, cut_broadcast
@@ -108,9 +107,9 @@ class Collector:
             for at, part, block in zip(spans(blocks), tiles, blocks, strict=True):
                 self._add_sums((part.b, h, part.j), at, over)
                 if self.request.key_statistics and self.count_entries:
-                    self._count_readers(part, h, _counted(block))
+                    self._count_readers(part, h, counted(block))
         if emit.visible and self.count_entries:
-            self.found["visible"][tile.b, h, tile.i] = _visible_number(blocks).squeeze(-1)
+            self.found["visible"][tile.b, h, tile.i] = visible_number(blocks).squeeze(-1)
 
     def _zeroed_sums(self, blocks: list[Problem]) -> OverQueries:
         emit, block = self.request.emit, blocks[0]
@@ -157,7 +156,7 @@ class Collector:
         if emit.top_k is not None and n_k:
             k = min(emit.top_k, n_k)
             values, keys = _top(p, k)
-            absent = torch.arange(k, device=p.device) >= _visible_number(blocks)
+            absent = torch.arange(k, device=p.device) >= visible_number(blocks)
             if bool((values == 0).logical_and_(~absent).any()):
                 # Weights that underflow look like hidden entries, which must not be listed in their place.
                 keys = _top(torch.cat([_visible_logits(part) for part in blocks], -1), k).keys
@@ -205,9 +204,9 @@ class Collector:
         for number, size in enumerate(request.pools):
             add_block_sums(self.found[f"pooled {number}"][tile.b, h], size, tile, p, factor)
         if request.key_statistics and self.count_entries:
-            self._count_readers(tile, h, _counted(block))
+            self._count_readers(tile, h, counted(block))
         if request.pools or request.edges:
-            self._count_entries(tile, h, _counted(block), work)
+            self._count_entries(tile, h, counted(block), work)
         if not (emit.key_square or emit.key_max or emit.head_gram or request.edges):
             return
         if request.edges or emit.head_gram:
@@ -302,12 +301,6 @@ def add_block_sums(total: Tensor, size: int, tile: Tile, p: Tensor, factor: Tens
     total[:, :, first : last + 1, start:stop] += sums
 
 
-def _visible_number(blocks: list[Problem]) -> Tensor:
-    """[b or 1, h or 1, i, 1], how many keys each row sees."""
-    first, *others = (_keys_seen(_counted(block)) for block in blocks)
-    return sum(others, start=first)
-
-
 class _Top(NamedTuple):
     values: Tensor
     keys: Tensor
@@ -328,22 +321,6 @@ def _visible_logits(block: Problem) -> Tensor:
     """[b, h, i, j], -inf where hidden."""
     seen = block.visible()
     return block.logits() if seen is None else block.logits().masked_fill(~seen, -math.inf)
-
-
-def _counted(block: Problem) -> Problem:
-    """What decides which entries count: all but a bias that hides nothing."""
-    hides = block.bias is not None and not (block.bias.numel() and bool(block.bias.amin() > -math.inf))
-    return block if hides else replace(block, bias=None)
-
-
-def _keys_seen(block: Problem) -> Tensor:
-    """[b or 1, h or 1, i, 1], how many keys each row sees."""
-    if has_closed_form(block):
-        return keys_seen(block)[..., None]
-    seen = block.visible()
-    if seen is None:
-        return torch.full((1, 1, block.queries, 1), block.keys, dtype=block.dtype, device=block.q.device)
-    return seen.expand(-1, -1, block.queries, block.keys).sum(-1, keepdim=True).to(block.dtype)
 
 
 def _to_keys(places: Tensor, tiles: list[Tile]) -> Tensor:

@@ -135,7 +135,7 @@ def test_no_tensor_grows_as_the_square_of_the_length(of_entries: dict[str, Any])
     assert largest[1] <= 4.5 * largest[0]
 
 
-@pytest.mark.parametrize(("bias", "size"), [(-5.0, 1.0), (-45.0, 1.0), (-80.0, 1.0), (0.0, 60.0)])
+@pytest.mark.parametrize(("bias", "size"), [(-5.0, 1.0), (-45.0, 1.0), (-80.0, 1.0), (-800.0, 1.0), (0.0, 60.0)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_sigmoids_far_from_one_keep_their_digits(bias: float, size: float, padded: bool) -> None:
     """Their sums are of the weights themselves while these tell, and of their logarithms below."""
@@ -218,3 +218,11 @@ def test_the_largest_of_saturated_sigmoids_is_found() -> None:
     q, k = torch.ones(1, 1, 1, 1), torch.tensor([20.0, 25.0, 30.0]).view(1, 1, 3, 1)
     found = attention(q, k, k, scale=1.0, normalizer="sigmoid", emit=Emit(argmax=True), backend="tiled")
     assert found.emitted.argmax.item() == 2
+
+
+def test_sigmoids_near_one_keep_the_digits_of_their_logarithms() -> None:
+    q, k = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    for bias in (5.0, 12.0, 60.0):
+        options = {"scale": 1.0, "normalizer": "sigmoid", "sigmoid_bias": torch.tensor([bias])}
+        found = attention(q, k, k, **options, emit=Emit(lse=True), backend="tiled").emitted.lse
+        torch.testing.assert_close(found, torch.nn.functional.logsigmoid(1 + options["sigmoid_bias"]).view(1, 1, 1))
