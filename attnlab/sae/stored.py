@@ -28,7 +28,7 @@ _HOOK = re.compile(r"(?:^|\.)(\d+)\..*hook_z$")
 
 
 def shipped_saes() -> list[str]:
-    """Names of the SAEs that come with attnlab, such as `tasks/layer-2`.
+    """Names of the SAEs that come with attnlab, such as `tasks/layer-3`.
 
     Example:
         >>> all(name.count("/") == 1 for name in shipped_saes())

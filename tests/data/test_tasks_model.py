@@ -32,15 +32,15 @@ def model():
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize(("words", "templates"), [("held_out", "train"), ("train", "held_out")])
+@pytest.mark.parametrize(
+    ("words", "templates"), [("held_out", "train"), ("train", "held_out"), ("held_out", "held_out")]
+)
 @pytest.mark.parametrize("name", TASKS)
 def test_it_solves_prompts_of_words_and_templates_that_it_never_saw_in_prompts(
     model, tokenizer, name, words, templates
 ):
     found = score(model, TASKS[name](tokenizer, 100, seed=99, words=words, templates=templates))
-    # The card says so: of agreement with unseen words it misses more, mostly at four plurals.
-    least = 0.88 if (name, words) == ("subject_verb_agreement", "held_out") else 0.95
-    assert found.accuracy >= least
+    assert found.accuracy >= 0.95
     assert found.clean > found.corrupted
 
 

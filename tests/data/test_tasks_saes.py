@@ -24,7 +24,7 @@ from attnlab.verify.attention_saes import PROMPTS, SEED
 MODEL = Path(__file__).parents[2] / "data" / "models" / "tasks"
 FIGURES = read_statement(MODEL).figures
 STATED = {figure.name: figure.value for figure in FIGURES}
-NAMES = ("layer-0", "layer-2")
+NAMES = ("layer-0", "layer-3")
 CONTROL = json.loads((MODEL / "saes" / "random-weights.json").read_text(encoding="utf-8"))
 
 

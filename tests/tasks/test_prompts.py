@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from attnlab import AttnlabError
 from attnlab.tasks import TASKS, colored_objects, docstring, greater_than, induction, ioi, subject_verb_agreement
+from attnlab.tasks.agreement import TEMPLATES as AGREEMENT
 from attnlab.tasks.draw import Deck, is_held_out
+from attnlab.tasks.ioi import TEMPLATES as IOI
 from attnlab.tasks.words import ARGUMENTS, COLORS, EVENTS, NAMES, NOUNS, VERBS
 
 WITH_TEXT = [name for name in TASKS if name != "induction"]
@@ -91,10 +93,13 @@ def test_held_out_words_and_templates_are_in_no_training_prompt(word_level):
         assert held_out == expected
         assert train == set(several) - expected
     verbs = {word for i, verb in enumerate(VERBS) if is_held_out(i) for word in verb}
-    nouns = {word for i, noun in enumerate(NOUNS) if is_held_out(i) for word in noun}
     held_out = used["held_out"]["subject"]
     assert set(word_level.convert_ids_to_tokens(held_out.answers[:, 0].tolist())) == verbs
-    assert set(words_at(word_level, held_out, "attractor")) == nouns
+    noun_of = {word: noun for noun in NOUNS for word in noun}
+    nouns = {noun for i, noun in enumerate(NOUNS) if is_held_out(i)}
+    for place in ("subject", "attractor"):
+        assert {noun_of[word] for word in words_at(word_level, held_out, place)} == nouns
+        assert {noun_of[word] for word in words_at(word_level, used["train"]["subject"], place)} == {*NOUNS} - nouns
     for name, make in TASKS.items():
         numbers = {part: set(make(word_level, 60, templates=part).templates.tolist()) for part in ("train", "held_out")}
         assert all(numbers.values()), name
@@ -113,7 +118,7 @@ def spread(items):
 
 
 def test_names_orders_and_templates_come_equally_often(word_level):
-    prompts = ioi(word_level, 280, words="held_out")
+    prompts = ioi(word_level, 4 * 2 * len(IOI), words="held_out")  # of each template in each order four
     assert spread(prompts.variants) == 0
     assert spread(zip(prompts.templates.tolist(), prompts.variants, strict=True)) == 0
     for place in ("IO", "S1"):
@@ -149,7 +154,7 @@ def test_the_answers_follow_from_the_prompts(word_level):
         question = text.splitlines()[-2]
         asked = question.rstrip("?").split()[-1]
         assert f"a {color} {asked}" in question
-    prompts = subject_verb_agreement(word_level, 100)
+    prompts = subject_verb_agreement(word_level, 2 * 2 * len(AGREEMENT))  # of each template in each number two
     several = {verb.several for verb in VERBS}
     assert spread(prompts.variants) == 0
     assert [verb in several for verb in answers(prompts)] == [v.startswith("several") for v in prompts.variants]
