@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnlab_kernels.problem import Problem
+from attnlab_kernels.tile_parts import Hiding
 from attnlab_kernels.workspace import Workspace
 
 
@@ -31,36 +31,26 @@ def without_idle_masks(block: Problem) -> Problem:
     return block
 
 
-class Hidden(NamedTuple):
-    """Part of a tile, and what is to be added there.
+def hidden_parts(block: Problem, work: Workspace, number: int = 0) -> Iterator[Hiding]:
+    """Ranges of a block's keys in which entries are hidden, numbers [b or 1, h or 1, i or 1, j or 1].
 
-    Attributes:
-        keys: which.
-        numbers: [b or 1, h or 1, i or 1, j or 1], 0 or -inf.
-        by_causality: whether row i sees all keys up to i + offset.
-    """
-
-    keys: slice
-    numbers: Tensor
-    by_causality: bool = False
-
-
-def hidden_parts(block: Problem, work: Workspace, number: int = 0) -> Iterator[Hidden]:
-    """Ranges of a block's keys in which entries are hidden. A bias hides by itself.
-
-    Some numbers are buffers, which hold until the next tile; blocks of one tile differ in their `number`.
+    A bias hides by itself. Some numbers are buffers, which hold until the next tile; blocks of one tile differ in their
+    `number`.
     """
     causality = block.causal and block.window is None and block.prefix is None
     for keys, numbers in _hidden_by_position(block, work):
-        yield Hidden(keys, numbers, causality)
-    every = slice(0, block.keys)
+        yield Hiding(keys.start, keys.stop, numbers, added=False, by_causality=causality)
+
+    def everywhere(numbers: Tensor) -> Hiding:
+        return Hiding(0, block.keys, numbers, added=False, by_causality=False)
+
     if block.key_mask is not None:
-        yield Hidden(every, additive(block.key_mask, block.dtype)[:, None, None])
+        yield everywhere(additive(block.key_mask, block.dtype)[:, None, None])
     if block.query_segments is not None and block.key_segments is not None:
         seen = block.query_segments[:, None, :, None] == block.key_segments[:, None, None]
-        yield Hidden(every, additive(seen, block.dtype, work, f"segments {number}"))
+        yield everywhere(additive(seen, block.dtype, work, f"segments {number}"))
     if block.mask is not None:
-        yield Hidden(every, additive(block.mask, block.dtype, work, f"mask {number}"))
+        yield everywhere(additive(block.mask, block.dtype, work, f"mask {number}"))
 
 
 def additive(visible: Tensor, dtype: torch.dtype, work: Workspace | None = None, name: str = "") -> Tensor:

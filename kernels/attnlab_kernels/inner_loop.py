@@ -212,11 +212,8 @@ def _spend(
         columns(key_sum, 0, width).add_(here.view(b, n, g, width))
     if key_square is not None or key_max is not None:
         weight.mul_(factor)
-        if key_max is not None:
-            largest = columns(key_max, 0, width)
-            torch.maximum(largest, weight.amax(-2), out=largest)
-        if key_square is not None:
-            columns(key_square, 0, width).add_(weight.square_().sum(-2))
+        square = None if key_square is None else columns(key_square, 0, width)
+        _add_squares(weight, square, None if key_max is None else columns(key_max, 0, width))
 
 
 def row_results(
@@ -256,6 +253,14 @@ def log_sigmoid(x: Tensor, spare: Tensor) -> None:
     x.clamp_(max=0.0).sub_(spare)
 
 
+def _add_squares(a: Tensor, square: Tensor | None, largest: Tensor | None) -> None:
+    """Add the squares of a [..., i, j] over queries to `square`, and take its maxima into `largest`; a is spent."""
+    if largest is not None:
+        torch.maximum(largest, a.amax(-2), out=largest)
+    if square is not None:
+        square.add_(a.square_().sum(-2))
+
+
 def spend_over_queries(p: Tensor, factor: Tensor, square: Tensor | None, largest: Tensor | None, near: int) -> None:
     """Add the squares of A = p * factor over queries to `square`, and take its maxima into `largest`; p is spent.
 
@@ -265,11 +270,7 @@ def spend_over_queries(p: Tensor, factor: Tensor, square: Tensor | None, largest
     step = max(1, near // max(1, p.size(0) * p.size(1) * p.size(3)))
     for start in range(0, p.size(2), step):
         stop = start + step
-        a = p[:, :, start:stop].mul_(factor[:, :, start:stop])
-        if largest is not None:
-            torch.maximum(largest, a.amax(-2), out=largest)
-        if square is not None:
-            square.add_(a.square_().sum(-2))
+        _add_squares(p[:, :, start:stop].mul_(factor[:, :, start:stop]), square, largest)
 
 
 class Steps(NamedTuple):

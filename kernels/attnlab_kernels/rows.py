@@ -7,7 +7,7 @@ entropy = ln Z - sum(e^t t) / Z keeps its digits whatever the size of the logits
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,9 +18,7 @@ from attnlab_kernels.counts import visible_number
 from attnlab_kernels.hidden import hidden_parts
 from attnlab_kernels.inner_loop import LEAST_ROWS, NEAR_SCORES, chunk_scores, steps
 from attnlab_kernels.problem import Problem
-from attnlab_kernels.strips import worth_threads
 from attnlab_kernels.tile_parts import Hiding, Logits, Numbers, Spending, Sums
-from attnlab_kernels.tiles import ENOUGH_STRIPS
 from attnlab_kernels.workspace import Workspace
 
 _LOG_2 = math.log(2)
@@ -29,10 +27,6 @@ _LARGE = 1024
 
 _SMALL = -60 * _LOG_2
 """Logarithm of a row's largest sigmoid from which on the others, down to the smallest float32, are all that counts."""
-
-
-LEAST_QUERIES = 64
-"""Queries from which on keys may be copied for some of the heads that share them."""
 
 
 class Asked(NamedTuple):
@@ -211,26 +205,23 @@ def _sum_rows(
     product = q.new_empty(shape) if asked.entropy else None
     best = torch.empty(shape, dtype=torch.long, device=q.device) if asked.argmax else None
     norm = q.new_empty(shape) if asked.collision else None
-    if top.numel():
-        limits = torch.finfo(q.dtype)
-        numbers = Numbers(
-            unit=unit,
-            to_base_2=1.0 if unit != 1 else 1 / _LOG_2,
-            lowest=limits.min,
-            tiny=0.0 if work.flushes else limits.tiny,
-            near=NEAR_SCORES,
-            least=LEAST_ROWS,
-        )
-        if spending is not None:
-            for x in (spending.key_sum, spending.key_square, spending.key_max):
-                if x is not None:
-                    x.zero_()
-        size = chunk_scores(logits, numbers)
-        s, chunk = work.take("scores", size), work.take("chunk", size)
-        sums = Sums(top, total, product, best, norm, p)
-        low, high = steps().tile_rows(logits, sums, spending, numbers, s, chunk).tolist()
-    else:
-        low = high = -math.inf
+    limits = torch.finfo(q.dtype)
+    numbers = Numbers(
+        unit=unit,
+        to_base_2=1.0 if unit != 1 else 1 / _LOG_2,
+        lowest=limits.min,
+        tiny=0.0 if work.flushes else limits.tiny,
+        near=NEAR_SCORES,
+        least=LEAST_ROWS,
+    )
+    if spending is not None:
+        for x in (spending.key_sum, spending.key_square, spending.key_max):
+            if x is not None:
+                x.zero_()
+    size = chunk_scores(logits, numbers)
+    s, chunk = work.take("scores", size), work.take("chunk", size)
+    sums = Sums(top, total, product, best, norm, p)
+    low, high = steps().tile_rows(logits, sums, spending, numbers, s, chunk).tolist()
     product, best, norm = (None if x is None else x.flatten(1, 2) for x in (product, best, norm))
     return _Found(top.flatten(1, 2), total.flatten(1, 2), product, best, norm, low, high)
 
@@ -259,9 +250,8 @@ def _logits(blocks: list[Problem], work: Workspace, unit: float, fill: bool = Fa
         terms.append(_split(_side_by_side([work.relative_bias(one)[None] for one in blocks], -1), block))
     for number, (at, one) in enumerate(zip(spans(blocks), blocks, strict=True)):
         for part in hidden_parts(one, work, number):
-            first, last = at.start + part.keys.start, at.start + part.keys.stop
-            hiding.append(Hiding(first, last, _split(part.numbers, block), False, part.by_causality))
-    first = block.keys if len(blocks) > 1 or not block.causal else _first_keys(block)
+            numbers = _split(part.numbers, block)
+            hiding.append(part._replace(first=at.start + part.first, last=at.start + part.last, numbers=numbers))
     return Logits(
         q=_split(q, block).contiguous(),
         k=_side_by_side([one.k for one in blocks], 2),
@@ -271,31 +261,11 @@ def _logits(blocks: list[Problem], work: Workspace, unit: float, fill: bool = Fa
         distances=distances,
         slopes=_by_head(block.alibi, block, -unit),
         sigmoid=block.normalizer == "sigmoid",
-        sigmoid_bias=None if block.sigmoid_bias is None else _by_head(block.sigmoid_bias.to(block.dtype) / unit, block),
+        sigmoid_bias=_by_head(block.sigmoid_bias, block, unit),
         direct=direct,
         hiding=hiding,
         fill=fill,
         causal=block.causal and len(blocks) == 1,
         offset=block.offset,
-        first=first,
+        first=0 if block.prefix is None else int(block.prefix.max()),
     )
-
-
-def _first_keys(block: Problem) -> int:
-    """How many keys rows may see that a causal mask would hide."""
-    return 0 if block.prefix is None or not block.batch else int(block.prefix.max())
-
-
-def prepared(problem: Problem) -> Problem:
-    """The problem with keys and values in its precision, laid out for batched products.
-
-    A copy where the caller's layout is another, and where few key heads are shared by many: strips are of key heads,
-    and of too few of them some cores would get none. Of few queries the copies would cost more than that spares.
-    """
-    k, v = (tensor.to(problem.dtype) for tensor in (problem.k, problem.v))
-    strips = problem.batch * problem.key_heads
-    if 0 < strips < ENOUGH_STRIPS and problem.queries >= LEAST_QUERIES and worth_threads(problem):
-        fitting = [n for n in range(1, problem.group + 1) if problem.group % n == 0 and n * strips <= 2 * ENOUGH_STRIPS]
-        copies = next((n for n in fitting if n * strips >= ENOUGH_STRIPS), fitting[-1])
-        k, v = (tensor.repeat_interleave(copies, 1) if copies > 1 else tensor for tensor in (k, v))
-    return replace(problem, k=k.contiguous(), v=v.contiguous())

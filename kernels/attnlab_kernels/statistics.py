@@ -101,7 +101,7 @@ class Collector:
             for at, part, block in zip(spans(blocks), tiles, blocks, strict=True):
                 self._add_over_queries(part, h, block, rows, p[..., at], work)
         else:
-            over = self._zeroed_sums(blocks)
+            over = self._sums_of_tile(blocks)
             rows = spend_parts(blocks, work, asked, self.out[tile.b, h, tile.i], over)
             self._write_rows((tile.b, h, tile.i), tiles, rows)
             for at, part, block in zip(spans(blocks), tiles, blocks, strict=True):
@@ -111,11 +111,11 @@ class Collector:
         if emit.visible and self.count_entries:
             self.found["visible"][tile.b, h, tile.i] = visible_number(blocks).squeeze(-1)
 
-    def _zeroed_sums(self, blocks: list[Problem]) -> OverQueries:
+    def _sums_of_tile(self, blocks: list[Problem]) -> OverQueries:
         emit, block = self.request.emit, blocks[0]
         shape = (block.batch, block.heads, sum(one.keys for one in blocks))
         wanted = (emit.key_sum, emit.key_square, emit.key_max)
-        return OverQueries(*(self.out.new_zeros(shape, dtype=block.dtype) if one else None for one in wanted))
+        return OverQueries(*(self.out.new_empty(shape, dtype=block.dtype) if one else None for one in wanted))
 
     def _add_sums(self, keys: tuple[slice, slice, slice], at: slice, over: OverQueries) -> None:
         for name in ("key_sum", "key_square"):

@@ -13,11 +13,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from attnlab_kernels.problem import Problem
-from attnlab_kernels.tiles import Tile
+from attnlab_kernels.tiles import ENOUGH_STRIPS, Tile
 from attnlab_kernels.workspace import Workspace
 
 WORTH_THREADS = 1 << 27
@@ -25,6 +26,10 @@ WORTH_THREADS = 1 << 27
 
 A_READ = 8
 """Products that take as long as to read a number of k or v."""
+
+
+LEAST_QUERIES = 64
+"""Queries from which on keys may be copied for some of the heads that share them."""
 
 
 class _OwnThreads:
@@ -63,6 +68,21 @@ def worth_threads(problem: Problem) -> bool:
     scores, read = problem.heads * problem.queries * problem.keys, problem.key_heads * problem.keys
     widths = problem.q.shape[-1] + problem.v.shape[-1]
     return problem.batch * (scores + A_READ * read) * widths >= WORTH_THREADS
+
+
+def prepared(problem: Problem) -> Problem:
+    """The problem with keys and values in its precision, laid out for batched products.
+
+    A copy where the caller's layout is another, and where few key heads are shared by many: strips are of key heads,
+    and of too few of them some cores would get none. Of few queries the copies would cost more than that spares.
+    """
+    k, v = (tensor.to(problem.dtype) for tensor in (problem.k, problem.v))
+    strips = problem.batch * problem.key_heads
+    if 0 < strips < ENOUGH_STRIPS and problem.queries >= LEAST_QUERIES and worth_threads(problem):
+        fitting = [n for n in range(1, problem.group + 1) if problem.group % n == 0 and n * strips <= 2 * ENOUGH_STRIPS]
+        copies = next((n for n in fitting if n * strips >= ENOUGH_STRIPS), fitting[-1])
+        k, v = (tensor.repeat_interleave(copies, 1) if copies > 1 else tensor for tensor in (k, v))
+    return replace(problem, k=k.contiguous(), v=v.contiguous())
 
 
 def run_strips(run: Callable[[list[Tile], Workspace], None], strips: list[list[Tile]], problem: Problem) -> None:

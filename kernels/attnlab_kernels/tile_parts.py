@@ -81,7 +81,7 @@ class Spending(NamedTuple):
         v: [b, n, j, dv]. out: [b, n, g, i, dv], takes A V.
         sink: [1, n, g, 1, 1], a learned sink's logit.
         padding: [b, 1, 1, i, 1], True for queries that do not count.
-        key_sum, key_square, key_max: [b, n, g, j], to which sums of A, of A^2 and the largest A over queries are added.
+        key_sum, key_square, key_max: [b, n, g, j], zeros, take the sums of A and of A^2 and the largest A over queries.
     """
 
     v: Tensor

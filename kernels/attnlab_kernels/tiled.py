@@ -8,9 +8,8 @@ from attnlab_kernels.emit import Emitted
 from attnlab_kernels.hidden import without_idle_masks
 from attnlab_kernels.problem import Problem
 from attnlab_kernels.request import Request
-from attnlab_kernels.rows import prepared
 from attnlab_kernels.statistics import Collector
-from attnlab_kernels.strips import run_strips
+from attnlab_kernels.strips import prepared, run_strips
 from attnlab_kernels.tiles import CACHE_SCORES, SPENT_ROWS, SPENT_TIMES, Tile, plan_strips, without_gap
 from attnlab_kernels.workspace import Workspace
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from attnlab_kernels.hidden import without_idle_masks
 from attnlab_kernels.problem import Problem, cut_broadcast
 from attnlab_kernels.product_request import GradientProducts, ProductRequest
-from attnlab_kernels.rows import Asked, prepared, softmax_parts, spans
+from attnlab_kernels.rows import Asked, softmax_parts, spans
 from attnlab_kernels.statistics import add_block_sums
-from attnlab_kernels.strips import run_strips
+from attnlab_kernels.strips import prepared, run_strips
 from attnlab_kernels.tiles import CACHE_SCORES, Tile, plan_strips, without_gap
 from attnlab_kernels.workspace import Workspace
 

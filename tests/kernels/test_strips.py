@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import attnlab_kernels.strips
 import pytest
 import torch
 from attnlab_kernels.resolve import resolve_problem
@@ -40,12 +41,16 @@ def test_a_call_that_begins_inside_another_and_outlives_it_leaves_the_number_of_
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_strips_that_have_not_begun_are_left_out_after_an_error(error: type[BaseException]) -> None:
-    problem = resolve_problem(*torch.randn(3, 1, 80, 128, 8))
+def test_strips_that_have_not_begun_are_left_out_after_an_error(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attnlab_kernels.strips, "WORTH_THREADS", 1)
+    problem = resolve_problem(*torch.randn(3, 1, 60, 128, 8))
     strip = plan_strips(problem)[0]
     begun = []
 
     def run(strip: object, work: object) -> None:
+        assert threading.current_thread() is not threading.main_thread()
         begun.append(strip)
         if len(begun) == 1:
             raise error
