@@ -30,7 +30,7 @@ def figure_html(figure: go.Figure, name: str, classes: str = "") -> str:
 def maps_html(run: Run) -> str:
     """The layer x head maps of all metrics: one place, and a choice of metrics above it.
 
-    Analysis after analysis, each one's metrics as it declares them and then those that it does not; series come last.
+    Analysis after analysis as they declare them, then those that none declares; series of numbers come last.
     """
     there = set(run.heads["metric"])
     metrics = in_order(metric for metric in (*run.metrics, *sorted(there)) if metric in there)
