@@ -58,10 +58,11 @@ def tile_rows(of: Logits, sums: Sums, spending: Spending | None, numbers: Number
                     stop, width = min(i, start + queries), keys
                     if of.causal:
                         width = max(0, min(keys, max(of.first, stop + of.offset)))
-                    t = _chunk_logits(its, k_t, start, stop, width, s, p)
+                    t = _chunk_logits(its, k_t, start, stop, width, s)
                     weight, top, total = _chunk_weights(t, its, its_sums, numbers, start, stop, p)
                     if spends is not None:
                         _spend(weight, top, total, spends, start, stop, of, numbers)
+    _over_largest(sums, numbers)
     return torch.stack([sums.top.amin(), sums.top.amax()])
 
 
@@ -79,7 +80,12 @@ def _hidden_span(of: Logits, hiding: Hiding, start: int, width: int) -> tuple[in
     return first, min(hiding.last, width)
 
 
-def _chunk_logits(of: Logits, k_t: Tensor, start: int, stop: int, width: int, s: Tensor, p: Tensor) -> Tensor:
+def _hidden_part(hiding: Hiding, start: int, stop: int, first: int, last: int) -> Tensor:
+    """What hides these keys from those queries."""
+    return columns(of_rows(hiding.numbers, start, stop), first - hiding.first, last - hiding.first)
+
+
+def _chunk_logits(of: Logits, k_t: Tensor, start: int, stop: int, width: int, s: Tensor) -> Tensor:
     """[b, n, g, i, width] logits of some queries, -inf where hidden, in the buffer `s`."""
     q = of_rows(of.q, start, stop)
     b, n, g, i = q.size(0), q.size(1), q.size(2), q.size(3)
@@ -93,21 +99,16 @@ def _chunk_logits(of: Logits, k_t: Tensor, start: int, stop: int, width: int, s:
     distances, slopes = of.distances, of.slopes
     if distances is not None and slopes is not None:
         t.addcmul_(columns(of_rows(distances, start, stop), 0, width), slopes)
-    if of.sigmoid:
-        bias = of.sigmoid_bias
-        if bias is not None:
-            t.add_(bias)
-        if not of.direct:
-            log_sigmoid(t, p[: t.numel()].view(t.size()))
+    bias = of.sigmoid_bias
+    if bias is not None:
+        t.add_(bias)
     for hiding in of.hiding:
         first, last = _hidden_span(of, hiding, start, width)
         if first < last and (of.fill or not hiding.added):
-            hidden = columns(of_rows(hiding.numbers, start, stop), first - hiding.first, last - hiding.first)
+            hidden = _hidden_part(hiding, start, stop, first, last)
             there = columns(t, first, last)
             if of.fill:
                 there.masked_fill_(hidden == -math.inf, -math.inf)
-            elif of.direct:
-                there.sub_(hidden)
             else:
                 there.add_(hidden)
     return t
@@ -115,82 +116,127 @@ def _chunk_logits(of: Logits, k_t: Tensor, start: int, stop: int, width: int, s:
 
 def _chunk_weights(
     t: Tensor, of: Logits, sums: Sums, numbers: Numbers, start: int, stop: int, p: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write e^t, sum the rows, and return weights [b, n, g, i, width], tops and totals; the logits `t` are spent."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Write weights [b, n, g, i, width] and sum the rows; the logits `t` are spent.
+
+    Returns:
+        The weights; the largest logit of each row, None where the weights are sigmoids as they are; their sum.
+    """
     width = t.size(-1)
-    weight = p[: t.numel()].view(t.size())
-    kept, best = sums.weights, sums.best
+    spare = p[: t.numel()].view(t.size())
+    weight, kept, best, largest = spare, sums.weights, sums.best, sums.largest
     if kept is not None:
         rows = of_rows(kept, start, stop)
         rows.narrow(-1, width, rows.size(-1) - width).zero_()
         weight = rows.narrow(-1, 0, width)
     top, total = of_rows(sums.top, start, stop), of_rows(sums.total, start, stop)
-    least: Tensor | None = None
+    if largest is not None:
+        largest = of_rows(largest, start, stop)
+        if width > 0 and _sigmoids(t, weight, largest, of, sums, numbers, start, stop):
+            return weight, None, total
+        largest.fill_(1.0)
     if width == 0:
         top.fill_(-math.inf)
-        total.zero_()
         if best is not None:
             of_rows(best, start, stop).zero_()
-    elif of.direct:
-        least = _direct_sigmoids(t, weight, top, numbers.lowest)
     else:
+        if of.sigmoid:
+            log_sigmoid(t, spare)
         if best is None:
             torch.amax(t, [-1], True, out=top)
         else:
-            largest, place = torch.max(t, -1, True)
-            top.copy_(largest)
+            value, place = torch.max(t, -1, True)
+            top.copy_(value)
             of_rows(best, start, stop).copy_(place)
         t.sub_(top.clamp(min=numbers.lowest))
         if numbers.to_base_2 != 1.0:
             t.mul_(numbers.to_base_2)
         torch.exp2(t, out=weight)
-    if numbers.tiny > 0:
-        # Products of numbers too small to be normal take a hundred times as long, and as shares these are nothing.
-        torch.threshold_(weight, numbers.tiny, 0.0)
+    _without_tiny(weight, numbers)
     torch.sum(weight, [-1], True, out=total)
-    _sum_products(t, weight, least, of, sums, numbers, start, stop)
+    product = sums.product
+    if product is not None:
+        # Infinity times 0 is NaN, where hidden; a row that is NaN elsewhere has a total that says so.
+        of_rows(product, start, stop).copy_(torch.nansum(t.mul_(weight), [-1], True))
+    _add_norm(weight, sums, start, stop)
     return weight, top, total
 
 
-def _direct_sigmoids(t: Tensor, weight: Tensor, top: Tensor, lowest: float) -> Tensor:
-    """Write sigmoids A over each row's largest, of logits in units of -ln 2, to `weight`, and 1 / A over t.
+def _sigmoids(
+    t: Tensor, weight: Tensor, largest: Tensor, of: Logits, sums: Sums, numbers: Numbers, start: int, stop: int
+) -> bool:
+    """Write sigmoids of the logits `t`, sum the rows where they tell, spending `t`, and say whether that is so.
 
-    `top` takes the logarithm of the largest; returned is one over it, finite.
+    They do not where all of a row are so small that their digits, or they, may be lost, or one is NaN.
     """
-    least = t.exp2_().amin([-1], True)
-    top.copy_(torch.log1p(least).neg_())
-    finite = (least + 1.0).clamp(max=-lowest)
-    torch.div(finite, t.add_(1.0), out=weight)
-    return finite
+    low, high = torch.aminmax(torch.amax(torch.sigmoid(t, out=weight), [-1], True, out=largest))
+    if not float(low) >= numbers.large_sigmoid:
+        return False
+    top, total, product = of_rows(sums.top, start, stop), of_rows(sums.total, start, stop), sums.product
+    if float(high) > numbers.near_one:
+        torch.amax(t, [-1], True, out=top)
+        log_sigmoid(top, torch.empty_like(top))
+    else:
+        torch.log(largest, out=top)
+    if product is None:
+        _without_tiny(weight, numbers)
+    else:
+        # The logarithm of 0 takes forty times as long.
+        torch.threshold_(weight, numbers.tiny, numbers.tiny)
+        torch.log(weight, out=t)
+        for hiding in of.hiding:
+            first, last = _hidden_span(of, hiding, start, weight.size(-1))
+            if first < last:
+                hidden = _hidden_part(hiding, start, stop, first, last)
+                there = columns(weight, first, last)
+                if hiding.added:
+                    there.masked_fill_(hidden == -math.inf, 0.0)
+                else:
+                    there.add_(hidden).clamp_(min=0.0)
+        of_rows(product, start, stop).copy_(torch.sum(t.mul_(weight), [-1], True).mul_(numbers.to_base_2))
+    torch.sum(weight, [-1], True, out=total)
+    _add_norm(weight, sums, start, stop)
+    return True
 
 
-def _sum_products(
-    t: Tensor, weight: Tensor, least: Tensor | None, of: Logits, sums: Sums, numbers: Numbers, start: int, stop: int
-) -> None:
-    """Sums of t e^t and of e^2t; t is spent. With `least`, see `_direct_sigmoids`, it is yet to be made of 1 / A."""
-    product, norm = sums.product, sums.norm
-    if product is not None:
-        if least is not None:
-            for hiding in of.hiding:
-                first, last = _hidden_span(of, hiding, start, t.size(-1))
-                if first < last:
-                    # Finite, since the logarithm of infinity takes forty times as long.
-                    columns(t, first, last).clamp_(max=-numbers.lowest)
-            t.log2_().sub_(torch.log2(least))
-        # Infinity times 0 is NaN, where hidden; a row that is NaN elsewhere has a total that says so.
-        summed = torch.nansum(t.mul_(weight), [-1], True)
-        of_rows(product, start, stop).copy_(summed if least is None else summed.neg_())
+def _over_largest(sums: Sums, numbers: Numbers) -> None:
+    """Make sums of sigmoids those of their quotients to the largest, as sums of e^t are; those already are no other."""
+    total, product, norm, largest = sums.total, sums.product, sums.norm, sums.largest
+    if largest is not None:
+        total.div_(largest)
+        if product is not None:
+            log_largest = torch.log(largest).mul_(numbers.to_base_2)
+            product.div_(largest).sub_(log_largest * total)
+            # No share is above the largest, and what rounding leaves is nothing.
+            product.masked_fill_(product > log_largest * (8 * numbers.precision), 0.0)
+        if norm is not None:
+            norm.div_(largest)
+
+
+def _without_tiny(weight: Tensor, numbers: Numbers) -> None:
+    if not numbers.flushes:
+        # Products of numbers too small to be normal take a hundred times as long, and as shares these are nothing.
+        torch.threshold_(weight, numbers.tiny, 0.0)
+
+
+def _add_norm(weight: Tensor, sums: Sums, start: int, stop: int) -> None:
+    norm = sums.norm
     if norm is not None:
         of_rows(norm, start, stop).copy_(torch.linalg.vector_norm(weight, dim=[-1], keepdim=True))
 
 
 def _spend(
-    weight: Tensor, top: Tensor, total: Tensor, on: Spending, start: int, stop: int, of: Logits, numbers: Numbers
+    weight: Tensor, top: Tensor | None, total: Tensor, on: Spending, start: int, stop: int, of: Logits, numbers: Numbers
 ) -> None:
-    """Read values by the weights of some queries and add them over these; weights are spent."""
+    """Read values by the weights of some queries and add them over these; weights are spent.
+
+    They are the pattern's own entries where they have no `top`.
+    """
     b, n, g, i, width = weight.size(0), weight.size(1), weight.size(2), weight.size(3), weight.size(4)
     sink, padding, v = on.sink, on.padding, on.v.flatten(0, 1)
-    if of.sigmoid:
+    if top is None:
+        factor = torch.ones_like(total)
+    elif of.sigmoid:
         factor = torch.exp(top * numbers.unit)
     else:
         # A row's largest weight is 1, so that only a row that sees no key has less.
@@ -211,7 +257,8 @@ def _spend(
         here = torch.bmm(factor.reshape(b * n * g, 1, i), weight.view(b * n * g, i, width))
         columns(key_sum, 0, width).add_(here.view(b, n, g, width))
     if key_square is not None or key_max is not None:
-        weight.mul_(factor)
+        if top is not None or padding is not None:
+            weight.mul_(factor)
         square = None if key_square is None else columns(key_square, 0, width)
         _add_squares(weight, square, None if key_max is None else columns(key_max, 0, width))
 

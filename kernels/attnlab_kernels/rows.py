@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnlab_kernels.counts import visible_number
 from attnlab_kernels.hidden import hidden_parts
 from attnlab_kernels.inner_loop import LEAST_ROWS, NEAR_SCORES, chunk_scores, steps
 from attnlab_kernels.problem import Problem
@@ -24,9 +23,6 @@ from attnlab_kernels.workspace import Workspace
 _LOG_2 = math.log(2)
 _LARGE = 1024
 """Logits from which on the rounding by one more factor shows beside the others."""
-
-_SMALL = -60 * _LOG_2
-"""Logarithm of a row's largest sigmoid from which on the others, down to the smallest float32, are all that counts."""
 
 
 class Asked(NamedTuple):
@@ -100,16 +96,9 @@ def _spending(blocks: list[Problem], out: Tensor, over: OverQueries) -> Spending
 def _rows(blocks: list[Problem], work: Workspace, asked: Asked, p: Tensor | None, spending: Spending | None) -> Rows:
     block = blocks[0]
 
-    def take(unit: float, fill: bool = False, direct: bool = False) -> _Found:
-        logits = _logits(blocks, work, -_LOG_2 if direct else unit, fill, direct)
-        return _sum_rows(logits, unit, asked, work, p, spending)
+    def take(unit: float, fill: bool = False) -> _Found:
+        return _sum_rows(_logits(blocks, work, unit, fill), unit, asked, work, p, spending)
 
-    if block.normalizer == "sigmoid" and block.bias is None and not asked.argmax and not work.small:
-        # Without their logarithms, unless they are so small, or NaN, that only these tell.
-        found = take(1.0, direct=True)
-        work.small = math.isnan(found.highest) or _too_small(found, blocks)
-        if not work.small:
-            return _finished(found, 1.0, block)
     # Exponents of two, since torch's exponential is twenty times slower on -inf and wherever it underflows. The factor
     # that makes them rides along with another where no logit loses digits by it that matter.
     unit = _LOG_2 if block.bias is None and block.normalizer == "softmax" and not work.large else 1.0
@@ -140,13 +129,6 @@ def _side_by_side(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-def _too_small(found: _Found, blocks: list[Problem]) -> bool:
-    """Whether a row that sees a key has only sigmoids of which the largest may have been lost."""
-    if found.lowest >= _SMALL:
-        return False
-    return bool(((found.top < _SMALL) & (visible_number(blocks) > 0)).any())
-
-
 def _too_large(found: _Found) -> bool:
     """Whether a row that sees a key has logits so large that each rounding shows."""
     if found.lowest > -math.inf:
@@ -172,9 +154,14 @@ def _finished(found: _Found, unit: float, block: Problem) -> Rows:
     best = found.best
     if best is not None and empty is not None:
         best = torch.where(empty, -1, best)
+    to_weights = torch.exp(top) if block.normalizer == "sigmoid" else to_shares
+    of_weights = to_shares
+    if found.largest is not None:
+        to_weights = torch.where(found.largest == 1, to_weights, 1)
+        of_weights = to_shares / found.largest
     return Rows(
-        to_weights=torch.exp(top) if block.normalizer == "sigmoid" else to_shares,
-        to_shares=to_shares,
+        to_weights=to_weights,
+        to_shares=of_weights,
         lse=lse.squeeze(-1),
         max_share=to_shares.squeeze(-1),
         entropy=None if own_entropy is None else own_entropy.squeeze(-1),
@@ -189,6 +176,7 @@ class _Found(NamedTuple):
     top: Tensor
     total: Tensor
     product: Tensor | None
+    largest: Tensor | None
     best: Tensor | None
     norm: Tensor | None
     lowest: float
@@ -203,6 +191,8 @@ def _sum_rows(
     shape = (*q.shape[:4], 1)
     top, total = q.new_empty(2, *shape)
     product = q.new_empty(shape) if asked.entropy else None
+    # The order of sigmoids that round to 1 is in their logarithms alone.
+    largest = q.new_empty(shape) if logits.sigmoid and not asked.argmax else None
     best = torch.empty(shape, dtype=torch.long, device=q.device) if asked.argmax else None
     norm = q.new_empty(shape) if asked.collision else None
     limits = torch.finfo(q.dtype)
@@ -210,7 +200,11 @@ def _sum_rows(
         unit=unit,
         to_base_2=1.0 if unit != 1 else 1 / _LOG_2,
         lowest=limits.min,
-        tiny=0.0 if work.flushes else limits.tiny,
+        tiny=limits.tiny,
+        flushes=work.flushes,
+        precision=limits.eps,
+        large_sigmoid=2.0**-20,
+        near_one=0.9,
         near=NEAR_SCORES,
         least=LEAST_ROWS,
     )
@@ -220,10 +214,10 @@ def _sum_rows(
                 x.zero_()
     size = chunk_scores(logits, numbers)
     s, chunk = work.take("scores", size), work.take("chunk", size)
-    sums = Sums(top, total, product, best, norm, p)
+    sums = Sums(top, total, product, largest, best, norm, p)
     low, high = steps().tile_rows(logits, sums, spending, numbers, s, chunk).tolist()
-    product, best, norm = (None if x is None else x.flatten(1, 2) for x in (product, best, norm))
-    return _Found(top.flatten(1, 2), total.flatten(1, 2), product, best, norm, low, high)
+    product, largest, best, norm = (None if x is None else x.flatten(1, 2) for x in (product, largest, best, norm))
+    return _Found(top.flatten(1, 2), total.flatten(1, 2), product, largest, best, norm, low, high)
 
 
 def spans(blocks: list[Problem]) -> list[slice]:
@@ -232,7 +226,7 @@ def spans(blocks: list[Problem]) -> list[slice]:
     return [slice(stop - block.keys, stop) for stop, block in zip(stops, blocks, strict=True)]
 
 
-def _logits(blocks: list[Problem], work: Workspace, unit: float, fill: bool = False, direct: bool = False) -> Logits:
+def _logits(blocks: list[Problem], work: Workspace, unit: float, fill: bool = False) -> Logits:
     """What the logits of blocks are made of, over `unit`; the blocks' keys stand side by side."""
     block = blocks[0]
     factor = block.scale / (unit if block.softcap is None else block.softcap)
@@ -262,7 +256,6 @@ def _logits(blocks: list[Problem], work: Workspace, unit: float, fill: bool = Fa
         slopes=_by_head(block.alibi, block, -unit),
         sigmoid=block.normalizer == "sigmoid",
         sigmoid_bias=_by_head(block.sigmoid_bias, block, unit),
-        direct=direct,
         hiding=hiding,
         fill=fill,
         causal=block.causal and len(blocks) == 1,

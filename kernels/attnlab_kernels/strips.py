@@ -31,6 +31,9 @@ A_READ = 8
 LEAST_QUERIES = 64
 """Queries from which on keys may be copied for some of the heads that share them."""
 
+MANY_QUERIES = 1024
+"""Queries from which on a product with keys that lie side by side spares more time than it takes to turn them over."""
+
 
 class _OwnThreads:
     """How many threads torch had before any of the calls that are under way, in whatever thread.
@@ -82,7 +85,10 @@ def prepared(problem: Problem) -> Problem:
         fitting = [n for n in range(1, problem.group + 1) if problem.group % n == 0 and n * strips <= 2 * ENOUGH_STRIPS]
         copies = next((n for n in fitting if n * strips >= ENOUGH_STRIPS), fitting[-1])
         k, v = (tensor.repeat_interleave(copies, 1) if copies > 1 else tensor for tensor in (k, v))
-    return replace(problem, k=k.contiguous(), v=v.contiguous())
+    k = k.contiguous()
+    if problem.queries >= MANY_QUERIES:
+        k = k.mT.contiguous().mT
+    return replace(problem, k=k, v=v.contiguous())
 
 
 def run_strips(run: Callable[[list[Tile], Workspace], None], strips: list[list[Tile]], problem: Problem) -> None:
@@ -96,7 +102,9 @@ def run_strips(run: Callable[[list[Tile], Workspace], None], strips: list[list[T
             torch.set_num_threads(1)
         if small or min(threads, len(strips)) < 2:
             with _flushed_denormals(small or threads == 1) as flushes:
-                _run_here(run, strips, Workspace(problem, flushes))
+                work = Workspace(problem, flushes)
+                _run_here(run, strips, work)
+                work.release()
         else:
             _run_on_cores(run, strips, problem, threads)
 
@@ -105,7 +113,6 @@ def _run_on_cores(
     run: Callable[[list[Tile], Workspace], None], strips: list[list[Tile]], problem: Problem, threads: int
 ) -> None:
     workers = min(threads, len(strips))
-    inference = torch.is_inference_mode_enabled()
     local, works = threading.local(), []
 
     def begin() -> None:
@@ -116,8 +123,7 @@ def _run_on_cores(
         works.append(local.work)
 
     def run_one(strip: list[Tile]) -> None:
-        with torch.inference_mode() if inference else torch.no_grad():
-            run(strip, local.work)
+        _run_here(run, [strip], local.work)
 
     with ThreadPoolExecutor(workers, initializer=begin) as pool:
         try:
@@ -132,9 +138,10 @@ def _run_on_cores(
 
 
 def _run_here(run: Callable[[list[Tile], Workspace], None], strips: list[list[Tile]], work: Workspace) -> None:
-    for strip in strips:
-        run(strip, work)
-    work.release()
+    # What a strip makes stays in it, and views that need no history are made faster.
+    with torch.inference_mode():
+        for strip in strips:
+            run(strip, work)
 
 
 @contextmanager

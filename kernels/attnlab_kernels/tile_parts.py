@@ -32,8 +32,7 @@ class Logits(NamedTuple):
         cap: the soft cap, 0 for none.
         terms: [b or 1, n or 1, g or 1, i or 1, j or 1], added after the cap, times `alpha`.
         distances: shaped alike, added times `slopes` [1, n, g, 1, 1].
-        sigmoid: whether logits are to be ln sigmoid. sigmoid_bias: [1, n, g, 1, 1], added before that.
-        direct: whether the logits are in units of -ln 2 and sigmoids are to be computed without their logarithms.
+        sigmoid: whether logits are to be ln sigmoid, in units of 1. sigmoid_bias: [1, n, g, 1, 1], added before that.
         hiding: what hides keys from some row.
         fill: whether what is hidden may hold infinity or NaN, which -inf does not hide by being added.
         causal: whether row i sees no key from i + offset + 1 on but the `first` ones.
@@ -48,7 +47,6 @@ class Logits(NamedTuple):
     slopes: Tensor | None
     sigmoid: bool
     sigmoid_bias: Tensor | None
-    direct: bool
     hiding: list[Hiding]
     fill: bool
     causal: bool
@@ -61,7 +59,9 @@ class Sums(NamedTuple):
 
     Attributes:
         top, total, product: the largest logit, the sum of e^t and that of t e^t, with t = logit - largest logit, in the
-            logits' units times `to_base_2`. Where sigmoids are direct, `top` is in their own units, not -ln 2.
+            logits' units times `to_base_2`.
+        largest: for sigmoids alone: takes the largest weight of each row. Rows where that is not small keep sigmoids as
+            they are for weights; in others it is 1, as are weights of the largest logit elsewhere.
         best: the place of the largest. norm: the square root of the sum of e^2t.
         weights: [b, n, g, i, j], e^t, 0 where hidden.
     """
@@ -69,6 +69,7 @@ class Sums(NamedTuple):
     top: Tensor
     total: Tensor
     product: Tensor | None
+    largest: Tensor | None
     best: Tensor | None
     norm: Tensor | None
     weights: Tensor | None
@@ -99,7 +100,10 @@ class Numbers(NamedTuple):
     Attributes:
         unit: of the logits, and `to_base_2` what they are to be multiplied by to be powers of two.
         lowest: the lowest finite number.
-        tiny: weights below it are written as 0; 0 where the processor does that.
+        tiny: the least normal number; weights below it are written as 0, unless the processor `flushes` them itself.
+        precision: the distance from 1 to the next number.
+        large_sigmoid, near_one: sigmoids from the first on are summed as they are, in rows that have one; the digits of
+            smaller ones are in their logarithms, as are those of the logarithm of one beyond the second.
         near: how many scores to take at a time, and `least` how many rows of a head at least.
     """
 
@@ -107,6 +111,10 @@ class Numbers(NamedTuple):
     to_base_2: float
     lowest: float
     tiny: float
+    flushes: bool
+    precision: float
+    large_sigmoid: float
+    near_one: float
     near: int
     least: int
 
@@ -133,7 +141,7 @@ def logits_of_heads(of: Logits, at: list[int]) -> Logits:
     """The same of all that logits are made of."""
     return Logits(
         of_heads(of.q, at), _of_key_heads(of.k, at), of.cap, [of_heads(x, at) for x in of.terms], of.alpha,
-        _if_any(of.distances, at), _if_any(of.slopes, at), of.sigmoid, _if_any(of.sigmoid_bias, at), of.direct,
+        _if_any(of.distances, at), _if_any(of.slopes, at), of.sigmoid, _if_any(of.sigmoid_bias, at),
         [Hiding(x.first, x.last, of_heads(x.numbers, at), x.added, x.by_causality) for x in of.hiding], of.fill,
         of.causal, of.offset, of.first,
     )  # fmt: skip
@@ -142,8 +150,8 @@ def logits_of_heads(of: Logits, at: list[int]) -> Logits:
 def sums_of_heads(sums: Sums, at: list[int]) -> Sums:
     """The same of all that rows sum to."""
     return Sums(
-        of_heads(sums.top, at), of_heads(sums.total, at), _if_any(sums.product, at), _if_any(sums.best, at),
-        _if_any(sums.norm, at), _if_any(sums.weights, at),
+        of_heads(sums.top, at), of_heads(sums.total, at), _if_any(sums.product, at),
+        _if_any(sums.largest, at), _if_any(sums.best, at), _if_any(sums.norm, at), _if_any(sums.weights, at),
     )  # fmt: skip
 
 

@@ -52,12 +52,12 @@ class Workspace:
 
     Attributes:
         flushes: whether this core counts numbers too small to be normal as zero.
-        small, large: what was found of a strip's logits, so that its next tiles need not try again what failed.
+        large: whether a strip's logits were found to be, so that its next tiles need not try again what failed.
     """
 
     def __init__(self, problem: Problem, flushes: bool = False) -> None:
         self.flushes = flushes
-        self.small = self.large = False
+        self.large = False
         self._dtype, self._device = problem.dtype, problem.q.device
         self._buffers = _spares.borrow(self._dtype) if self._device.type == "cpu" else {}
         self._kept: dict[object, Tensor | None] = {}
@@ -79,7 +79,7 @@ class Workspace:
 
     def begin(self) -> None:
         """Forget what was found of the strip before: results are not to depend on which core ran what."""
-        self.small = self.large = False
+        self.large = False
 
     def release(self) -> None:
         """Leave the buffers to later calls; this workspace is not used again."""

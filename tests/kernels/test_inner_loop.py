@@ -37,7 +37,6 @@ def logits(**changes: object) -> Logits:
         slopes=None,
         sigmoid=False,
         sigmoid_bias=None,
-        direct=False,
         hiding=[Hiding(0, NK, seventh, False, False), Hiding(40, NK, mask, False, False)],
         fill=False,
         causal=False,
@@ -62,18 +61,22 @@ def by_definition(of: Logits) -> torch.Tensor:
     return s
 
 
-def through_steps(run: Steps, of: Logits, near: int, kept: bool, spending: Spending | None = None) -> Sums:
-    """All sums, of buffers that begin as NaN."""
+def through_steps(
+    run: Steps, of: Logits, near: int, kept: bool, spending: Spending | None = None, as_they_are: bool = False
+) -> Sums:
+    """All sums, of buffers that begin as NaN; argmax where weights that are sigmoids are not let be."""
 
     def column(dtype: torch.dtype = of.q.dtype) -> torch.Tensor:
         return torch.full((*of.q.shape[:4], 1), -7 if dtype == torch.long else math.nan, dtype=dtype)
 
     weights = torch.full((*of.q.shape[:4], of.k.shape[2]), math.nan, dtype=of.q.dtype) if kept else None
-    best = None if of.direct else column(torch.long)
-    sums = Sums(column(), column(), column(), best, column(), weights)
+    best, largest = (None, column()) if as_they_are else (column(torch.long), None)
+    sums = Sums(column(), column(), column(), largest, best, column(), weights)
+    limits = torch.finfo(of.q.dtype)
     numbers = Numbers(
-        unit=1.0, to_base_2=1 / math.log(2), lowest=torch.finfo(of.q.dtype).min, tiny=0.0, near=near, least=4
-    )
+        unit=1.0, to_base_2=1 / math.log(2), lowest=limits.min, tiny=limits.tiny, flushes=False,
+        precision=limits.eps, large_sigmoid=2.0**-20, near_one=0.9, near=near, least=4,
+    )  # fmt: skip
     buffers = torch.full((2, of.q.shape[:4].numel() * of.k.shape[2]), math.nan, dtype=of.q.dtype)
     extremes = run.tile_rows(of, sums, spending, numbers, *buffers)
     torch.testing.assert_close(extremes, torch.stack(sums.top.aminmax()), rtol=0, atol=0, equal_nan=True)
@@ -113,26 +116,39 @@ def test_weights_and_sums_are_those_of_the_definition(run, near, change):
 
 @INTERPRETERS
 @NEAR
-def test_sigmoids_themselves_are_those_of_the_definition(run, near):
-    of = logits(sigmoid=True, sigmoid_bias=random(1, N, G, 1, 1, seed=4))
-    a = torch.exp(by_definition(of))
-    top = by_definition(of).amax(-1, keepdim=True)
-    share = a / torch.exp(top)
-    unit = -math.log(2)
-    in_units = of._replace(q=of.q / unit, sigmoid_bias=of.sigmoid_bias / unit, direct=True)
-    out, key_sum = torch.zeros(B, N, G, NQ, D, dtype=a.dtype), torch.zeros(B, N, G, NK, dtype=a.dtype)
+@pytest.mark.parametrize(
+    ("size", "bias"), [(1.0, 0.0), (0.05, -3.0), (0.05, -40.0)], ids=["near one", "between", "small"]
+)
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_sigmoids_as_they_are_sum_to_what_their_logarithms_do(run, near, size, bias, fill, added):
+    of = logits(sigmoid=True, sigmoid_bias=random(1, N, G, 1, 1, seed=4) + bias, fill=fill)
+    of = of._replace(q=of.q * size)
+    if added:
+        numbers = torch.where(random(1, 1, 1, NQ, NK, seed=5) > 0, random(1, 1, 1, NQ, NK, seed=6), -math.inf)
+        of = of._replace(terms=[numbers], hiding=[Hiding(0, NK, numbers, True, False)])
+    s = by_definition(of)
+    a, top = torch.exp(s), s.amax(-1, keepdim=True)
+    share = torch.exp(s - top)
+    product = torch.special.xlogy(share, share).sum(-1, keepdim=True)
+    out, key_sum, key_square, key_max = (
+        torch.zeros(B, N, G, *rest, dtype=s.dtype) for rest in ((NQ, D), (NK,), (NK,), (NK,))
+    )
     for kept in (True, False):
-        spending = None if kept else Spending(of.k, out, None, None, key_sum, None, None)
-        found = through_steps(run, in_units, near, kept, spending)
+        spending = None if kept else Spending(of.k, out, None, None, key_sum, key_square, key_max)
+        found = through_steps(run, of, near, kept, spending, as_they_are=True)
         torch.testing.assert_close(found.top, top)
         torch.testing.assert_close(found.total, share.sum(-1, keepdim=True))
-        product = torch.special.xlogy(share, share).sum(-1, keepdim=True)
-        torch.testing.assert_close(found.product * math.log(2), product)
+        torch.testing.assert_close(found.product * math.log(2), product, rtol=1e-7, atol=1e-12)
         torch.testing.assert_close(found.norm, share.norm(dim=-1, keepdim=True))
+        assert bool((found.largest == 1).all()) == (bias == -40)
         if kept:
-            torch.testing.assert_close(found.weights, share)
-    torch.testing.assert_close(out, a @ of.k[:, :, None])
-    torch.testing.assert_close(key_sum, a.sum(-2))
+            torch.testing.assert_close(found.weights, share * found.largest, rtol=1e-7, atol=1e-300)
+            assert not found.weights[s == -math.inf].any()
+    torch.testing.assert_close(out, a @ of.k[:, :, None], atol=1e-7 * float(a.max()), rtol=1e-7)
+    torch.testing.assert_close(key_sum, a.sum(-2), atol=0, rtol=1e-7)
+    torch.testing.assert_close(key_square, a.square().sum(-2), atol=0, rtol=1e-7)
+    torch.testing.assert_close(key_max, a.amax(-2), atol=0, rtol=1e-7)
 
 
 @INTERPRETERS
