@@ -221,10 +221,11 @@ class Problem:
         if self.relative_bias is not None:
             table, bidirectional, max_distance = self.relative_bias
             start = -(self.queries - 1) - self.offset
-            diagonals = torch.arange(start, start + self.queries + self.keys - 1, device=self.q.device)
+            # Without queries, as many as one would have.
+            diagonals = torch.arange(start, start + max(1, self.queries) + self.keys - 1, device=self.q.device)
             buckets = relative_buckets(diagonals, table.shape[0], bidirectional, max_distance)
             by_diagonal = table.to(self.dtype)[buckets].T
-            term = by_diagonal.unfold(-1, self.keys, 1).flip(-2)[None]
+            term = by_diagonal.unfold(-1, self.keys, 1).flip(-2)[None, :, : self.queries]
             total = term if total is None else total + term
         return total
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnlab_kernels.emit import Emit
 from attnlab_kernels.problem import Problem
-from attnlab_kernels.resolve import check_device, values_can_be_read
+from attnlab_kernels.resolve import check_device, check_whole, values_can_be_read
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,7 @@ def resolve_request(emit: Emit, problem: Problem) -> tuple[Problem, Request]:
     chosen = {name: getattr(emit, name) for name in ("key_probes", "query_probes", "gather", "rows", "columns")}
     for name, tensor in chosen.items():
         check_device(name, tensor, problem.q)
+    emit = replace(emit, top_k=check_whole("top_k", emit.top_k))
     if emit.top_k is not None and emit.top_k < 1:
         raise ValueError(f"top_k is {emit.top_k}; expected at least 1.")
     request = Request(
@@ -123,7 +124,8 @@ def _indices(name: str, index: Tensor | None, shape: tuple[int, *tuple[int | Non
 
 
 def _pools(pool: int | Sequence[int] | None) -> tuple[int, ...]:
-    sizes = () if pool is None else tuple(pool) if isinstance(pool, Sequence) else (pool,)
+    given = () if pool is None else tuple(pool) if isinstance(pool, Sequence) else (pool,)
+    sizes = tuple(check_whole("pool", size) for size in given)
     for size in sizes:
         if size < 1:
             raise ValueError(f"pool has a block of {size}; expected at least 1.")

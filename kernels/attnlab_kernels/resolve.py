@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from operator import index
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from attnlab_kernels.problem import Problem, RelativeBias
 MAX_HEAD_DIM = 256
 LONGEST_WINDOW = 2**30
 FARTHEST_OFFSET = 2**30
+Whole = TypeVar("Whole", int, int | None)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,6 +50,10 @@ def resolve_problem(
     _check_qkv(q, k, v)
     b, h, n_q, d = q.shape
     n_k = k.shape[2]
+    window, query_offset = check_whole("window", window), check_whole("query_offset", query_offset)
+    first_tokens = check_whole("first_tokens", first_tokens)
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; expected a finite number.")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; expected at least 1, or None for no window.")
     if isinstance(query_offset, int) and abs(query_offset) > FARTHEST_OFFSET:
@@ -66,6 +73,8 @@ def resolve_problem(
         raise ValueError("sigmoid_bias is given with normalizer='softmax'; expected normalizer='sigmoid'.")
     query_segments, key_segments = _segments(segments, b, n_q, n_k)
     _check_shape("prefix", prefix, (b,))
+    if prefix is not None and (prefix.is_floating_point() or prefix.dtype == torch.bool):
+        raise ValueError(f"prefix has dtype {prefix.dtype}; expected whole numbers of keys.")
     _check_boolean("key_mask", key_mask, (b, n_k))
     _check_boolean("query_mask", query_mask, (b, n_q))
     if isinstance(sigmoid_bias, (int, float)):
@@ -93,7 +102,7 @@ def resolve_problem(
         v=v,
         scale=1 / math.sqrt(d) if scale is None else float(scale),
         causal=bool(causal),
-        offset=n_k - n_q if query_offset is None else int(query_offset),
+        offset=n_k - n_q if query_offset is None else query_offset,
         window=window,
         first_tokens=first_tokens,
         prefix=prefix,
@@ -116,6 +125,22 @@ def check_device(name: str, tensor: Tensor | None, q: Tensor) -> None:
     """Raises ValueError where an argument is on another device than the queries."""
     if tensor is not None and tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; expected one device.")
+
+
+def check_whole(name: str, number: Whole) -> Whole:
+    """A whole number as Python's own, whoever's it is.
+
+    Raises:
+        ValueError: it is another kind of number, or none.
+    """
+    if number is None or isinstance(number, torch.SymInt):
+        return number
+    try:
+        if not isinstance(number, bool):
+            return index(number)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} is {number!r}; expected a whole number.")
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
@@ -162,6 +187,7 @@ def _segments(
 
 def _check_relative(relative: RelativeBias, heads: int) -> None:
     table, bidirectional, max_distance = relative
+    check_whole("max_distance of relative_bias", max_distance)
     if table.dim() != 2 or table.shape[1] != heads:
         raise ValueError(f"relative_bias has a table of shape {list(table.shape)}; expected [buckets, {heads}].")
     _check_float("relative_bias", table)

@@ -1,9 +1,11 @@
 """What `attention` refuses, and that the package asks nothing of the machine when it is imported."""
 
+import math
 import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from attnlab_kernels import Emit, RelativeBias, UnsupportedError, attention
@@ -16,6 +18,15 @@ K = torch.randn(2, 2, 7, 8)
     ("options", "sentence"),
     [
         ({"window": 0}, r"window is 0; expected at least 1"),
+        ({"window": 2.5}, r"window is 2.5; expected a whole number"),
+        ({"window": True}, r"window is True; expected a whole number"),
+        ({"query_offset": 1.5}, r"query_offset is 1.5; expected a whole number"),
+        ({"first_tokens": "4"}, r"first_tokens is '4'; expected a whole number"),
+        ({"scale": math.nan}, r"scale is nan; expected a finite number"),
+        ({"prefix": torch.full((2,), 1.5)}, r"prefix has dtype torch.float32; expected whole numbers of keys"),
+        ({"emit": Emit(top_k=1.5)}, r"top_k is 1.5; expected a whole number"),
+        ({"emit": Emit(pool=[2, 2.5])}, r"pool is 2.5; expected a whole number"),
+        ({"relative_bias": RelativeBias(torch.zeros(8, 4), max_distance=9.5)}, r"max_distance of relative_bias is 9.5"),
         ({"first_tokens": -1}, r"first_tokens is -1; expected 0 or more"),
         ({"softcap": 0.0}, r"softcap is 0.0; expected a positive"),
         ({"normalizer": "relu"}, r"normalizer is 'relu'; expected 'softmax' or 'sigmoid'"),
@@ -47,6 +58,17 @@ K = torch.randn(2, 2, 7, 8)
 def test_an_argument_that_does_not_fit_is_named(options: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         attention(Q, K, K, **options)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_taken() -> None:
+    own = attention(Q, K, K, causal=True, window=3, query_offset=1, first_tokens=2, emit=Emit(top_k=2, pool=3))
+    theirs = attention(
+        Q, K, K, causal=True, window=np.int64(3), query_offset=torch.tensor(1), first_tokens=np.int32(2),
+        emit=Emit(top_k=np.int64(2), pool=torch.tensor(3)),
+    )  # fmt: skip
+    assert torch.equal(own.out, theirs.out)
+    assert torch.equal(own.emitted.top_k_keys, theirs.emitted.top_k_keys)
+    assert torch.equal(own.emitted.pooled, theirs.emitted.pooled)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from attnlab_kernels import Emit, attention
+from attnlab_kernels import Emit, RelativeBias, attention
 
 from .strategies import DEVICE
 
@@ -73,8 +73,16 @@ def test_a_sink_of_minus_infinity_is_no_sink(backend: str) -> None:
 
 
 @BACKENDS
+@pytest.mark.parametrize("options", ["causal", "relative bias", "ALiBi", "sigmoid", "sinks"])
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 4, 5), (2, 0, 5), (2, 5, 0), (1, 1, 1)])
-def test_an_axis_may_be_empty(backend: str, batch: int, queries: int, keys: int) -> None:
+def test_an_axis_may_be_empty(backend: str, batch: int, queries: int, keys: int, options: str) -> None:
+    chosen = {
+        "causal": {"causal": True},
+        "relative bias": {"relative_bias": RelativeBias(torch.randn(8, 4, device=DEVICE), max_distance=32)},
+        "ALiBi": {"alibi": torch.rand(4, device=DEVICE)},
+        "sigmoid": {"normalizer": "sigmoid", "sigmoid_bias": -1.0},
+        "sinks": {"sinks": torch.randn(4, device=DEVICE)},
+    }[options]
     q = torch.randn(batch, 4, queries, 8, device=DEVICE, requires_grad=True)
     k = torch.randn(batch, 2, keys, 8, device=DEVICE)
     none = torch.tensor([-1, -1], device=DEVICE)
@@ -82,7 +90,7 @@ def test_an_axis_may_be_empty(backend: str, batch: int, queries: int, keys: int)
         entropy=True, argmax=True, collision=True, visible=True, key_sum=True, key_max=True, top_k=2, pool=2,
         offsets=[0, 1, 9], rows=none, columns=none, gather=none.expand(batch, queries, 2), head_gram=True,
     )  # fmt: skip
-    out, found = attention(q, k, k, causal=True, emit=emit, backend=backend)
+    out, found = attention(q, k, k, **chosen, emit=emit, backend=backend)
     (out.sum() + found.entropy.sum()).backward()
     assert out.shape == q.shape == q.grad.shape
     assert found.rows.shape == (batch, 4, 2, keys)
