@@ -131,10 +131,10 @@ def _chunk_weights(
         weight = rows.narrow(-1, 0, width)
     top, total = of_rows(sums.top, start, stop), of_rows(sums.total, start, stop)
     if largest is not None:
-        largest = of_rows(largest, start, stop)
-        if width > 0 and _sigmoids(t, weight, largest, of, sums, numbers, start, stop):
-            return weight, None, total
-        largest.fill_(1.0)
+        sigmoids = _sigmoids(t, spare, sums, numbers, start, stop)
+        if sigmoids is not None:
+            return sigmoids, None, total
+        of_rows(largest, start, stop).zero_()
     if width == 0:
         top.fill_(-math.inf)
         if best is not None:
@@ -154,75 +154,72 @@ def _chunk_weights(
         torch.exp2(t, out=weight)
     _without_tiny(weight, numbers)
     torch.sum(weight, [-1], True, out=total)
-    product = sums.product
+    product, norm = sums.product, sums.norm
     if product is not None:
         # Infinity times 0 is NaN, where hidden; a row that is NaN elsewhere has a total that says so.
         of_rows(product, start, stop).copy_(torch.nansum(t.mul_(weight), [-1], True))
-    _add_norm(weight, sums, start, stop)
+    if norm is not None:
+        of_rows(norm, start, stop).copy_(torch.linalg.vector_norm(weight, dim=[-1], keepdim=True))
     return weight, top, total
 
 
-def _sigmoids(
-    t: Tensor, weight: Tensor, largest: Tensor, of: Logits, sums: Sums, numbers: Numbers, start: int, stop: int
-) -> bool:
-    """Write sigmoids of the logits `t`, sum the rows where they tell, spending `t`, and say whether that is so.
+def _sigmoids(t: Tensor, spare: Tensor, sums: Sums, numbers: Numbers, start: int, stop: int) -> Tensor | None:
+    """Sum rows whose weights are to be sigmoids as they are, and return these; the logits `t` and `spare` are spent.
 
-    They do not where all of a row are so small that their digits, or they, may be lost, or one is NaN.
+    Nothing where all of a row are so small that their digits, or they, may be lost, or one is NaN. What the sums lack
+    `_over_largest` adds for all rows at a time; it knows these by `largest`.
     """
-    low, high = torch.aminmax(torch.amax(torch.sigmoid(t, out=weight), [-1], True, out=largest))
-    if not float(low) >= numbers.large_sigmoid:
-        return False
-    top, total, product = of_rows(sums.top, start, stop), of_rows(sums.total, start, stop), sums.product
-    if float(high) > numbers.near_one:
-        torch.amax(t, [-1], True, out=top)
-        log_sigmoid(top, torch.empty_like(top))
+    kept, product, norm, largest = sums.weights, sums.product, sums.norm, sums.largest
+    if largest is None or t.size(-1) == 0:
+        return None
+    most = torch.sigmoid(torch.amax(t, [-1], True, out=of_rows(sums.top, start, stop)))
+    if not float(most.amin()) >= numbers.large_sigmoid:
+        return None
+    of_rows(largest, start, stop).copy_(most)
+    weight, logarithm = t, spare
+    if kept is None:
+        t.sigmoid_()
     else:
-        torch.log(largest, out=top)
-    if product is None:
-        _without_tiny(weight, numbers)
-    else:
-        # The logarithm of 0 takes forty times as long.
-        torch.threshold_(weight, numbers.tiny, numbers.tiny)
-        torch.log(weight, out=t)
-        for hiding in of.hiding:
-            first, last = _hidden_span(of, hiding, start, weight.size(-1))
-            if first < last:
-                hidden = _hidden_part(hiding, start, stop, first, last)
-                there = columns(weight, first, last)
-                if hiding.added:
-                    there.masked_fill_(hidden == -math.inf, 0.0)
-                else:
-                    there.add_(hidden).clamp_(min=0.0)
-        of_rows(product, start, stop).copy_(torch.sum(t.mul_(weight), [-1], True).mul_(numbers.to_base_2))
-    torch.sum(weight, [-1], True, out=total)
-    _add_norm(weight, sums, start, stop)
-    return True
+        weight, logarithm = of_rows(kept, start, stop).narrow(-1, 0, t.size(-1)), t
+        torch.sigmoid(t, out=weight)
+    if product is not None:
+        # Not of 0, whose logarithm takes forty times as long.
+        torch.mul(weight, most.reciprocal(), out=logarithm).clamp_(min=numbers.tiny).log_().mul_(weight)
+        torch.sum(logarithm, [-1], True, out=of_rows(product, start, stop))
+    _without_tiny(weight, numbers)
+    torch.sum(weight, [-1], True, out=of_rows(sums.total, start, stop))
+    if norm is not None:
+        of_rows(norm, start, stop).copy_(torch.linalg.vector_norm(weight, dim=[-1], keepdim=True))
+    return weight
 
 
 def _over_largest(sums: Sums, numbers: Numbers) -> None:
-    """Make sums of sigmoids those of their quotients to the largest, as sums of e^t are; those already are no other."""
-    total, product, norm, largest = sums.total, sums.product, sums.norm, sums.largest
-    if largest is not None:
-        total.div_(largest)
-        if product is not None:
-            log_largest = torch.log(largest).mul_(numbers.to_base_2)
-            product.div_(largest).sub_(log_largest * total)
-            # No share is above the largest, and what rounding leaves is nothing.
-            product.masked_fill_(product > log_largest * (8 * numbers.precision), 0.0)
-        if norm is not None:
-            norm.div_(largest)
+    """Make sums of sigmoids those of their quotients to the largest, as sums of e^t are."""
+    largest, product, norm, total = sums.largest, sums.product, sums.norm, sums.total
+    if largest is None:
+        return
+    plain = largest > 0
+    largest.masked_fill_(~plain, 1.0)
+    # A sigmoid may round in two ways, by its place in a tensor: one that is all its row has is to be its largest.
+    alone = plain & (total <= largest * (1.0 + 2.0 * numbers.precision))
+    largest.copy_(torch.where(alone, total, largest))
+    total.div_(largest)
+    top = sums.top.clone()
+    log_sigmoid(top, torch.empty_like(top))
+    sums.top.copy_(torch.where(plain, top, sums.top))
+    if norm is not None:
+        norm.div_(largest)
+    if product is not None:
+        own = product / largest
+        # The largest counts nothing, but its quotient to itself may round.
+        own.masked_fill_(own > -numbers.precision, 0.0).mul_(numbers.to_base_2)
+        product.copy_(torch.where(plain, own, product))
 
 
 def _without_tiny(weight: Tensor, numbers: Numbers) -> None:
     if not numbers.flushes:
         # Products of numbers too small to be normal take a hundred times as long, and as shares these are nothing.
         torch.threshold_(weight, numbers.tiny, 0.0)
-
-
-def _add_norm(weight: Tensor, sums: Sums, start: int, stop: int) -> None:
-    norm = sums.norm
-    if norm is not None:
-        of_rows(norm, start, stop).copy_(torch.linalg.vector_norm(weight, dim=[-1], keepdim=True))
 
 
 def _spend(

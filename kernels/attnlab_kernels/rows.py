@@ -204,7 +204,6 @@ def _sum_rows(
         flushes=work.flushes,
         precision=limits.eps,
         large_sigmoid=2.0**-20,
-        near_one=0.9,
         near=NEAR_SCORES,
         least=LEAST_ROWS,
     )

@@ -157,8 +157,8 @@ class Collector:
             k = min(emit.top_k, n_k)
             values, keys = _top(p, k)
             absent = torch.arange(k, device=p.device) >= visible_number(blocks)
-            if bool((values <= torch.finfo(p.dtype).tiny).logical_and_(~absent).any()):
-                # Weights that underflow look like each other and like hidden entries, which must not be listed.
+            if bool((values == 0).logical_and_(~absent).any()):
+                # Weights that underflow look like hidden entries, which must not be listed in their place.
                 keys = _top(torch.cat([_visible_logits(part) for part in blocks], -1), k).keys
                 values = p.gather(-1, keys)
             found["top_k_values"][row][..., :k] = (values * rows.to_shares).masked_fill_(absent, 0)

@@ -102,8 +102,8 @@ class Numbers(NamedTuple):
         lowest: the lowest finite number.
         tiny: the least normal number; weights below it are written as 0, unless the processor `flushes` them itself.
         precision: the distance from 1 to the next number.
-        large_sigmoid, near_one: sigmoids from the first on are summed as they are, in rows that have one; the digits of
-            smaller ones are in their logarithms, as are those of the logarithm of one beyond the second.
+        large_sigmoid: sigmoids are summed as they are in rows whose largest is not below it; the digits of smaller ones
+            are in their logarithms.
         near: how many scores to take at a time, and `least` how many rows of a head at least.
     """
 
@@ -114,7 +114,6 @@ class Numbers(NamedTuple):
     flushes: bool
     precision: float
     large_sigmoid: float
-    near_one: float
     near: int
     least: int
 

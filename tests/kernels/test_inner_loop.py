@@ -75,7 +75,7 @@ def through_steps(
     limits = torch.finfo(of.q.dtype)
     numbers = Numbers(
         unit=1.0, to_base_2=1 / math.log(2), lowest=limits.min, tiny=limits.tiny, flushes=False,
-        precision=limits.eps, large_sigmoid=2.0**-20, near_one=0.9, near=near, least=4,
+        precision=limits.eps, large_sigmoid=2.0**-20, near=near, least=4,
     )  # fmt: skip
     buffers = torch.full((2, of.q.shape[:4].numel() * of.k.shape[2]), math.nan, dtype=of.q.dtype)
     extremes = run.tile_rows(of, sums, spending, numbers, *buffers)

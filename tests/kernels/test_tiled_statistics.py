@@ -181,6 +181,36 @@ def test_heads_that_share_keys_are_the_same_as_heads_with_copies(
         torch.testing.assert_close(value, flat(own.emitted)[name], msg=name)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": 40},
+        {"causal": True, "window": 40, "first_tokens": 3},
+        {"causal": True, "normalizer": "sigmoid", "sigmoid_bias": -3.0},
+        {"causal": True, "alibi": torch.tensor([0.5, 0.25, 0.1, 0.05]), "softcap": 5.0},
+    ],
+    ids=lambda options: " ".join(options),
+)
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_keys_that_are_turned_over_are_the_same_keys(
+    options: dict, key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 200, 8, generator=generator)
+    k, v = torch.randn(2, 2, key_heads, 230, 8, generator=generator)
+    emit = Emit(**EVERY_ROW_STATISTIC, key_sum=True, key_square=True, key_max=True, top_k=3, pool=16)
+    found = []
+    for many in (201, 200):
+        monkeypatch.setattr(strips, "MANY_QUERIES", many)
+        turned = strips.prepared(resolve_problem(q, k, v, **options)).k.stride(-1) != 1
+        assert turned == (many == 200)
+        found.append(attention(q, k, v, **options, emit=emit, backend="tiled"))
+    torch.testing.assert_close(found[0].out, found[1].out)
+    for name, value in flat(found[0].emitted).items():
+        torch.testing.assert_close(value, flat(found[1].emitted)[name], msg=name)
+
+
 @pytest.mark.parametrize("bias", [-44.0, -20.0, -5.0, 3.0])
 def test_rows_of_one_sigmoid_have_no_entropy(bias: float) -> None:
     q, k, v = torch.randn(3, 1, 2, 64, 16)
@@ -191,6 +221,22 @@ def test_rows_of_one_sigmoid_have_no_entropy(bias: float) -> None:
     assert bool((found.entropy == 0).all())
     assert bool((found.collision == 1).all())
     assert bool((found.max_probability == 1).all())
+
+
+@pytest.mark.parametrize("largest", [0.0, -5.0, -10.0, -13.0, -16.0])
+@pytest.mark.parametrize("below", [2.0, 8.0, 14.0, 17.0])
+def test_rows_with_one_large_sigmoid_keep_the_digits_of_their_entropy(largest: float, below: float) -> None:
+    logits = torch.full((20, 8), -200.0, dtype=torch.float64)
+    logits[:, 3] = largest
+    logits[:, 5] = largest - below + torch.linspace(-1, 1, 20, dtype=torch.float64)
+    q, k, v = torch.zeros(1, 1, 20, 4), *torch.zeros(2, 1, 1, 8, 4)
+    options = {"bias": logits, "normalizer": "sigmoid", "emit": Emit(entropy=True)}
+    exact = attention(q.double(), k.double(), v.double(), **options, backend="dense").emitted.entropy
+    dense, tiled = (
+        attention(q, k, v, **options, backend=backend).emitted.entropy.double() for backend in ("dense", "tiled")
+    )
+    # The largest of a row may round in two ways, and so may its share of 1.
+    assert (tiled - exact).abs().max() <= 2 * (dense - exact).abs().max() + 2 * torch.finfo(torch.float32).eps
 
 
 def test_squares_of_small_sigmoids_are_not_lost() -> None:
