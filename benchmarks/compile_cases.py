@@ -68,6 +68,11 @@ def problem_of(case: Case, length: int = LENGTH) -> Problem:
         "softcap": {"softcap": 30.0},
         "sigmoid": {"normalizer": "sigmoid", "sigmoid_bias": empty(HEADS)},
         "sinks": {"sinks": empty(HEADS)},
+        "mask, padding queries, sinks": {
+            "mask": empty(BATCH, HEADS, length, length, dtype=torch.bool),
+            "query_mask": empty(BATCH, length, dtype=torch.bool),
+            "sinks": empty(HEADS),
+        },
     }
     return Problem(
         q=empty(BATCH, HEADS, length, case.d, dtype=dtype),
@@ -174,6 +179,11 @@ def _all_cases() -> list[Case]:
     found.append(Case("head Gram", "-", "sm_90", "bf16", 64))
     found.append(Case("backward", "16 probes", "sm_90", "bf16", 64))
     found.append(Case("gradient products", "loss change", "sm_90", "bf16", 128))
+    found.append(Case("statistics", "squares, maxima", "sm_90", "fp32", 128))
+    found.append(Case("backward", "all", "sm_90", "fp32", 128, "bias"))
+    # What is constant stands within tuples in many places here: triton 3.6 loses some of it where a tuple ends wrongly.
+    found.append(Case("statistics", "offsets", "sm_90", "bf16", 64, "key mask"))
+    found.append(Case("forward", "all", "sm_90", "bf16", 128, "mask, padding queries, sinks"))
     return found
 
 

@@ -55,8 +55,9 @@ class Inputs(NamedTuple):
         c: exponents are powers of two of `c * s`, where `s` is what `logits` gives.
         scale, softcap, bias, alibi, relative, sigmoid, sigmoid_bias: how a product q . k becomes a logit.
         raw: constexpr; nothing but a positive scale does, so `s` is the product itself and `c` holds the scale.
-        causal (constexpr), window, first_tokens, prefix [b], query_segments [b, i], key_segments [b, j],
-        key_mask [b, j], mask [b, h, i, j]: what is visible. Booleans are bytes.
+        window, first_tokens, prefix [b], query_segments [b, i], key_segments [b, j], key_mask [b, j],
+        mask [b, h, i, j], causal: what is visible. Booleans are bytes; `causal` is constexpr, and last for the reason
+        that `Above` gives.
         query_mask: [b, i]; which queries count as readers.
         sinks: [h], learned logits.
     """
@@ -82,7 +83,6 @@ class Inputs(NamedTuple):
     relative: Any
     sigmoid: Any
     sigmoid_bias: Any
-    causal: Any
     window: Any
     first_tokens: Any
     prefix: Any
@@ -92,6 +92,7 @@ class Inputs(NamedTuple):
     mask: Any
     query_mask: Any
     sinks: Any
+    causal: Any
 
 
 def strided(tensor: Tensor | None, *shape: int) -> Strided | None:
@@ -147,7 +148,6 @@ def kernel_inputs(problem: Problem) -> Inputs:
         relative=_relative(problem),
         sigmoid=tl.constexpr(sigmoid),
         sigmoid_bias=_vector(problem.sigmoid_bias),
-        causal=tl.constexpr(problem.causal),
         window=problem.window,
         first_tokens=problem.first_tokens if problem.window is not None and problem.first_tokens > 0 else None,
         prefix=None if problem.prefix is None else problem.prefix.contiguous(),
@@ -157,6 +157,7 @@ def kernel_inputs(problem: Problem) -> Inputs:
         mask=None if problem.mask is None else _entries(problem.mask.view(torch.uint8), b, h, n_q, n_k),
         query_mask=_bytes(problem.query_mask),
         sinks=_vector(problem.sinks),
+        causal=tl.constexpr(problem.causal),
     )
 
 

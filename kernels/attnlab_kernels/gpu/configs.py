@@ -202,9 +202,10 @@ def bias_gradient_launch(d: int, dv: int, element_size: int) -> Launch:
         dv: columns of a value head.
         element_size: bytes of an element.
     """
+    widest = max(d, dv)
     if element_size > 2:
-        return Launch(32, 32, 4, 1)
-    return Launch(64, 64, 4 if max(d, dv) <= 64 else 8, 1)
+        return Launch(32, 32, 8, 1) if widest <= 64 else Launch(16, 16, 8, 1)
+    return Launch(64, 64, 4 if widest <= 64 else 8, 1)
 
 
 def choose_head_parts(programs: int, group: int) -> int:
@@ -249,7 +250,7 @@ def statistics_launch(
         bias: whether a bias is read entry by entry, which takes some too.
     """
     if element_size > 2:
-        return Launch(16, 32, 4, 1) if columns else Launch(32, 32, 4, 2)
+        return Launch(16, 32, 4, 1) if columns else Launch(32, 32, 4 if d <= 64 else 8, 2)
     if architecture.family == "ampere":
         if columns:
             return Launch(32, 128, 8, 3) if d <= 64 else Launch(32, 32, 4, 2)

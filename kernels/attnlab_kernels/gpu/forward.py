@@ -179,9 +179,13 @@ def _finish(
 def forward_kernel(
     x, schedule, wanted, partials, parts,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_G: tl.constexpr, PROBE_PRECISION: tl.constexpr,
+    BLOCK_G: tl.constexpr, PROBE_PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of queries of one head, and one part of the keys. Grid (B * Hq, tiles, parts)."""
+    """One program: one tile of queries of one head, and one part of the keys. Grid (B * Hq, tiles, parts).
+
+    With `SPLIT` there are several parts, and `partials` to write to. Triton 3.6 cannot ask whether a tuple that holds
+    a None is one.
+    """
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // x.heads
     i_h = i_bh % x.heads
@@ -208,7 +212,7 @@ def forward_kernel(
     clear = full
     last = every
     mixed = full
-    if partials is not None:
+    if SPLIT:
         part = tl.program_id(2)
         first = full * part // parts
         clear = full * (part + 1) // parts
@@ -226,7 +230,7 @@ def forward_kernel(
             acc, acc_f, m, pivot, z, u, w, best, seen, b_q, x, wanted, p_k, p_v, p_f, i_b, i_h, i_m, start,
             True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_G, PROBE_PRECISION,
         )  # fmt: skip
-    if partials is None:
+    if not SPLIT:
         _finish(acc, acc_f, m, pivot, z, u, w, best, seen, x, wanted, i_bh, i_m, BLOCK_M, BLOCK_DV, BLOCK_G)
     else:
         rows = tl.num_programs(0).to(tl.int64) * x.queries

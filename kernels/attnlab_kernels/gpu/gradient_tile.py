@@ -29,8 +29,8 @@ class Above(NamedTuple):
         pivot, log_z: [B, Hq, Nq], the row's normaliser.
         centre: [B, Hq, Nq], delta - dLSE + dH H; without delta under the sigmoid normaliser.
         d_entropy: [B, Hq, Nq], dH ln 2, since exponents are of two.
-        precision: constexpr, how products with probes are taken. Triton 3.6 loses the strides of 1 within tuples
-            within a tuple that holds no constexpr of its own.
+        precision: constexpr, how products with probes are taken. Triton 3.6 loses what is constant in tuples within a
+            tuple, strides of 1 too, unless a field behind them is constexpr.
     """
 
     d_out: Any

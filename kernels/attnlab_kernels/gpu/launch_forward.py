@@ -114,7 +114,7 @@ def _launch(problem: Problem, wanted: Outputs, launch: Launch | None, parts: int
     forward_kernel[(b * h, tiles, parts)](
         x, schedule, wanted, partials, parts,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_D=padded(problem.q.shape[-1]), **blocks,
-        PROBE_PRECISION="ieee" if torch.version.hip else "tf32x3",
+        PROBE_PRECISION="ieee" if torch.version.hip else "tf32x3", SPLIT=partials is not None,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if partials is not None:

@@ -166,13 +166,18 @@ def _launch(
         profile = make_profile(problem, job.edges, (parts, b * h, tiles))
         if not has_closed_form_at_distances(problem):
             bin_counts = torch.empty_like(profile.sums, dtype=torch.int32)
-    every = {name: keys.get(name) for name in (*KEY_STATISTICS, "key_count")}
+    wanted = Wanted(
+        **{name: keys.get(name) for name in (*KEY_STATISTICS, "key_count")},
+        probes=probes if columns else None,
+        pool=pool,
+        profile=profile,
+        bin_counts=bin_counts,
+        precision=tl.constexpr("ieee" if torch.version.hip else "tf32x3"),
+    )
     statistics_kernel[(b * h, tiles, parts)](
-        x, make_schedules(problem, launch.block_m, launch.block_n).over_queries, factors,
-        Wanted(**every, probes=probes if columns else None, pool=pool, profile=profile, bin_counts=bin_counts), parts,
+        x, make_schedules(problem, launch.block_m, launch.block_n).over_queries, factors, wanted, parts,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_D=padded(problem.q.shape[-1]), BLOCK_G=padded(columns),
         BINS=1 if profile is None else profile.bins.value,
-        PROBE_PRECISION="ieee" if torch.version.hip else "tf32x3",
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 

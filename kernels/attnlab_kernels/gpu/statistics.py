@@ -47,6 +47,7 @@ class Wanted(NamedTuple):
         probes: [parts, B * Hq, Nk, columns].
         pool, profile: see `Pool` and `Profile`.
         bin_counts: numbers of entries in the profile's bins, shaped like its sums, in int32; None where not counted.
+        precision: constexpr, how products with probes are taken; last for the reason that `Above` gives.
     """
 
     key_sum: Any
@@ -57,6 +58,7 @@ class Wanted(NamedTuple):
     pool: Any
     profile: Any
     bin_counts: Any
+    precision: Any
 
 
 @triton.jit
@@ -111,7 +113,6 @@ def exponentials(b_s, shift, x):
 def _visit(
     sums, squares, largest, seen, acc, waiting, b_k, x, factors, wanted, keys_later, p_q, p_w, i_bh, i_b, i_h, i_m, i_n,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
-    PROBE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of queries to a tile of keys."""
     start = i_m * BLOCK_M
@@ -159,7 +160,7 @@ def _visit(
         seen += here_seen
     if wanted.probes is not None:
         b_w = load_rows(p_w, x.f, start, x.queries, x.g, BLOCK_M, BLOCK_G, MASKED)
-        acc += tl.dot(b_a, b_w, input_precision=PROBE_PRECISION)
+        acc += tl.dot(b_a, b_w, input_precision=wanted.precision)
     if wanted.profile is not None:
         waiting = add_to_profile(
             waiting, b_e, factor, b_seen, counted, here, here_seen, wanted.profile, x, o_m, o_n, start, i_n * BLOCK_N,
@@ -172,7 +173,6 @@ def _visit(
 def statistics_kernel(
     x, schedule, factors, wanted, parts,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BINS: tl.constexpr,
-    PROBE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of keys of one head, and one part of its queries. Grid (B * Hq, tiles, parts).
 
@@ -205,14 +205,14 @@ def statistics_kernel(
         i_m = query_tile(t, schedule, i_b, i_h, i_n, full, low, clear_low, True)
         sums, squares, largest, seen, acc, waiting = _visit(
             sums, squares, largest, seen, acc, waiting, b_k, x, factors, wanted, keys_later, p_q, p_w, i_bh, i_b, i_h,
-            i_m, i_n, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_G, PROBE_PRECISION,
+            i_m, i_n, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_G,
         )  # fmt: skip
     mixed = every - full
     for t in range(full + mixed * part // parts, full + mixed * (part + 1) // parts):
         i_m = query_tile(t, schedule, i_b, i_h, i_n, full, low, clear_low, False)
         sums, squares, largest, seen, acc, waiting = _visit(
             sums, squares, largest, seen, acc, waiting, b_k, x, factors, wanted, keys_later, p_q, p_w, i_bh, i_b, i_h,
-            i_m, i_n, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_G, PROBE_PRECISION,
+            i_m, i_n, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_G,
         )  # fmt: skip
 
     row = part * tl.num_programs(0).to(tl.int64) + i_bh
