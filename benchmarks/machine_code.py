@@ -100,7 +100,7 @@ def _read(name: str, compiled: Any, options: dict[str, Any]) -> Compiled:
         spilled, code = max(local, stack), compiled.asm["ptx"]
         if name == "forward_kernel":
             bounded = re.findall(r"max\.f32\s+%\w+, (%\w+), 0fC3800000", code)
-            rounded = sum(re.search(rf"sub\.f32\s+{register},", code) is not None for register in set(bounded))
+            rounded = sum(re.search(rf"sub(?:\.rn)?\.f32\s+{register},", code) is not None for register in set(bounded))
             score_loop = _float32_of_a_score(_dump(compiled.asm["cubin"], "-sass"), sizes[0] * sizes[1] / (32 * warps))
     else:
         code = compiled.asm["amdgcn"]

@@ -343,7 +343,9 @@ def steps() -> Steps:
 @cache
 def _read_once() -> Steps:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        # Which of both it warns with depends on torch's version.
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
         try:
             return Steps(*(torch.jit.script(step) for step in IN_PYTHON))
         except (AttributeError, RuntimeError, OSError, NotImplementedError):

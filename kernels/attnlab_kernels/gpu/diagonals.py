@@ -112,7 +112,7 @@ def sums_at_distances(problem: Problem, factors: Factors, launch: Launch, count:
     counts = torch.empty(shape, dtype=torch.int32, device=device) if count else None
     diagonals_kernel[(b * h, schedule.rows)](
         kernel_inputs(problem), schedule, factors, Diagonals(sums, counts),
-        BLOCK=block, BLOCK_D=padded(problem.q.shape[-1]), num_warps=launch.warps, num_stages=launch.stages,
+        BLOCK=block, BLOCK_D=padded(problem.q.shape[-1]), **launch.options(),
     )  # fmt: skip
     first = block * triton.cdiv(n_k, block) - (n_k - 1)
 

@@ -167,7 +167,7 @@ def launch_rectangle(
     rectangle_kernel[(b * h * tiles,)](
         x, rows, rectangle, out, b * h,
         COUNTED=counted, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_D=padded(x.d.value),
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options(),
     )  # fmt: skip
 
 
@@ -180,5 +180,5 @@ def _launch_gathered(x: Inputs, rows: Rows, listed: Tensor, out: Tensor) -> None
     gathered_kernel[(b * h * tiles,)](
         x, rows, listed, length, out, b * h,
         BLOCK_M=launch.block_m, BLOCK_T=launch.block_n, BLOCK_D=padded(x.d.value),
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options(),
     )  # fmt: skip

@@ -109,7 +109,7 @@ def run_head_gram(
         gram_kernel[(b, parts, pairs)](
             entries, total, lost, h, length, parts,
             BLOCK_H=launch.block_m, BLOCK_K=launch.block_n, PRECISION="ieee" if torch.version.hip else "tf32x3",
-            num_warps=launch.warps, num_stages=launch.stages,
+            **launch.options(),
         )  # fmt: skip
     upper = (total.double() - lost).sum(1).triu()
     return {"head_gram": (upper + upper.triu(1).mT).float()}

@@ -165,6 +165,7 @@ class _Pass:
                 BLOCK_DV=padded(problem.v.shape[-1]),
                 BLOCK_G=padded(x.g.value),
                 num_warps=4,
+                enable_fp_fusion=True,
             )
         return delta
 
@@ -195,7 +196,7 @@ class _Pass:
             key_gradient_kernel[(b * n, tiles, parts)](
                 self._x, make_schedules(problem, launch.block_m, launch.block_n).over_queries, self._above, wanted,
                 parts, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, **self._blocks,
-                num_warps=launch.warps, num_stages=launch.stages,
+                **launch.options(),
             )  # fmt: skip
         found: dict[str, Tensor] = {}
         for name, sums in (("k", wanted.k), ("v", wanted.v)):
@@ -227,7 +228,7 @@ class _Pass:
             query_gradient_kernel[(b * h, tiles)](
                 x, make_schedules(problem, launch.block_m, launch.block_n).over_keys, self._above, wanted,
                 BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_U=buckets, **self._blocks,
-                num_warps=launch.warps, num_stages=launch.stages,
+                **launch.options(),
             )  # fmt: skip
         found: dict[str, Tensor] = {}
         if wanted.q is not None:
@@ -257,7 +258,7 @@ class _Pass:
             bias_gradient_kernel[grid](
                 self._x, self._above, gradient, bias.shape[1], problem.batch // bias.shape[0],
                 problem.heads // bias.shape[1], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, **self._blocks,
-                num_warps=launch.warps, num_stages=launch.stages,
+                **launch.options(),
             )  # fmt: skip
         return gradient
 

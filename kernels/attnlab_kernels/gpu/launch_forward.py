@@ -115,11 +115,13 @@ def _launch(problem: Problem, wanted: Outputs, launch: Launch | None, parts: int
         x, schedule, wanted, partials, parts,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_D=padded(problem.q.shape[-1]), **blocks,
         PROBE_PRECISION="ieee" if torch.version.hip else "tf32x3", SPLIT=partials is not None,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options(),
     )  # fmt: skip
     if partials is not None:
         block = 16
-        merge_kernel[(b * h, triton.cdiv(n_q, block))](x, wanted, partials, parts, BLOCK_M=block, **blocks, num_warps=4)
+        merge_kernel[(b * h, triton.cdiv(n_q, block))](
+            x, wanted, partials, parts, BLOCK_M=block, **blocks, num_warps=4, enable_fp_fusion=True
+        )
 
 
 def _choose(problem: Problem, wanted: Outputs, parts: int | None) -> Launch:

@@ -155,8 +155,7 @@ class Passes:
             "BLOCK_N": launch.block_n,
             "BLOCK_D": padded(self.problem.q.shape[-1]),
             "BLOCK_DV": padded(self.problem.v.shape[-1]),
-            "num_warps": launch.warps,
-            "num_stages": launch.stages,
+            **launch.options(),
         }
 
 

@@ -178,7 +178,7 @@ def _launch(
         x, make_schedules(problem, launch.block_m, launch.block_n).over_queries, factors, wanted, parts,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_D=padded(problem.q.shape[-1]), BLOCK_G=padded(columns),
         BINS=1 if profile is None else profile.bins.value,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options(),
     )  # fmt: skip
 
     found = {

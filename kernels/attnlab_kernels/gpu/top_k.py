@@ -155,6 +155,6 @@ def run_top_k(problem: Problem, request: Request, rows: Rows, launch: Launch | N
         top_k_kernel[(b * h, triton.cdiv(n_q, launch.block_m))](
             x, schedule, rows, values, keys, bound, k, first, min(longest, possible - first),
             BOUNDED=first > 0, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_D=padded(d),
-            BLOCK_K=triton.next_power_of_2(longest), num_warps=launch.warps, num_stages=launch.stages,
+            BLOCK_K=triton.next_power_of_2(longest), **launch.options(),
         )  # fmt: skip
     return {"top_k_values": values, "top_k_keys": keys}
