@@ -92,12 +92,12 @@ class Context:
             raise ValueError(f"The key of a step is {key!r}; expected a file name that no other step has.")
         self._used.add(key)
         if self.folder is None:
-            return dict(compute())
+            return _on_cpu(compute())
         path, identity = self.folder / "steps" / f"{key}.safetensors", f"{self._identity}:{key}"
         known = decode_states(path.read_bytes(), identity) if path.is_file() else None
         if known is not None:
             return known.get(_STEP, {})
-        found = {name: tensor.detach().cpu() for name, tensor in compute().items()}
+        found = _on_cpu(compute())
         with one_sentence_for_disk_errors(path.parent):
             path.parent.mkdir(exist_ok=True)
         write_atomically(path, encode_states({_STEP: found}, identity))
@@ -109,3 +109,7 @@ class Context:
             self._said = time.monotonic()
             sys.stderr.write(f"{text}: {done} of {total}\n")
             sys.stderr.flush()
+
+
+def _on_cpu(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in found.items()}

@@ -24,7 +24,7 @@ from attnlab_kernels import Emit
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnlab.attribution.inside import attention_paths, run
+from attnlab.attribution.inside import attention_paths, device_of, run
 from attnlab.attribution.prompts import module_of
 from attnlab.capture.call import Call
 from attnlab.capture.session import capture
@@ -105,7 +105,8 @@ def weight_bounds(
     ]
     try:
         with capture(module, emit=Emit(entropy=True, visible=True), qkv=True, on_call=keep_call):
-            run(module, input_ids, attention_mask, {})
+            device = device_of(module)
+            run(module, input_ids.to(device), None if attention_mask is None else attention_mask.to(device), {})
     finally:
         for handle in handles:
             handle.remove()
