@@ -37,7 +37,7 @@ class Gated(PatternEdit):
 
     Example:
         >>> import attnlab
-        >>> model, ids = attnlab.load_model("known-circuit"), torch.tensor([[0, 5, 6, 5, 6]])
+        >>> model, ids = attnlab.load_model("known-circuit", device="cpu"), torch.tensor([[0, 5, 6, 5, 6]])
         >>> with attnlab.capture(model, interventions=[Gated("all", torch.ones(2, 8), Sizes(1, 2))]):
         ...     gated = model.hf(ids)
         >>> bool(torch.allclose(gated, model.hf(ids), atol=1e-5))

@@ -32,7 +32,7 @@ def logits_at(model: Model, ids: Int[Tensor, "B N"], places: Int[Tensor, " P"]) 
 
     Example:
         >>> import attnlab
-        >>> model = attnlab.load_model("known-circuit")
+        >>> model = attnlab.load_model("known-circuit", device="cpu")
         >>> logits_at(model, torch.tensor([[0, 2, 77, 50, 3]]), torch.tensor([4])).argmax(-1).tolist()
         [[77]]
     """
@@ -55,7 +55,7 @@ def last_hidden(model: Model, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N W"]
 
     Example:
         >>> import attnlab
-        >>> last_hidden(attnlab.load_model("known-circuit"), torch.tensor([[0, 5]])).shape
+        >>> last_hidden(attnlab.load_model("known-circuit", device="cpu"), torch.tensor([[0, 5]])).shape
         torch.Size([1, 2, 80])
     """
     if isinstance(model, TorchModel):

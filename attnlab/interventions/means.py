@@ -75,6 +75,10 @@ def mean_outputs(
         dtypes[key] = torch.promote_types(call.z.dtype, torch.float32)
 
     module = model.hf if isinstance(model, Model) else model
+
+    def there(given: Any) -> Any:
+        return given.to(model.device) if isinstance(model, Model) and isinstance(given, Tensor) else given
+
     with capture(model, qkv=True, on_call=add):
         for batch in data:
             if isinstance(batch, Tensor):
@@ -82,9 +86,9 @@ def mean_outputs(
                     raise ValueError(
                         f"data holds a tensor of shape {list(batch.shape)}; expected token ids [B, N], batch by batch."
                     )
-                module(batch)
+                module(there(batch))
             elif isinstance(batch, Mapping):
-                module(**batch)
+                module(**{name: there(given) for name, given in batch.items()})
             elif not isinstance(batch, Batch):
                 raise ValueError(
                     f"data holds a {type(batch).__name__}; expected token ids [B, N], the keyword arguments of a "

@@ -42,7 +42,7 @@ def entropy_penalty(calls: Iterable[Call], floor: float = 0.2) -> Float[Tensor, 
 
     Example:
         >>> import attnlab
-        >>> model = attnlab.load_model("pydoc-4l")
+        >>> model = attnlab.load_model("pydoc-4l", device="cpu")
         >>> ids = torch.tensor([[5, 6, 7, 8]])
         >>> with attnlab.capture(model, emit=attnlab.Emit(entropy=True, visible=True)) as session:
         ...     loss = model.hf(input_ids=ids, labels=ids).loss

@@ -100,7 +100,7 @@ class DigitGrids:
         Example:
             >>> import attnlab
             >>> from attnlab.tasks import digit_grids
-            >>> model = attnlab.load_model("vlm-mini")
+            >>> model = attnlab.load_model("vlm-mini", device="cpu")
             >>> grids = digit_grids(model, 4)
             >>> emit = lambda site: attnlab.Emit(key_probes=grids.cell_columns) if site.kind == "self" else None
             >>> with attnlab.capture(model, emit=emit) as session:
@@ -168,7 +168,7 @@ def digit_grids(
 
     Example:
         >>> from attnlab import load_model
-        >>> model = load_model("vlm-mini")
+        >>> model = load_model("vlm-mini", device="cpu")
         >>> grids = digit_grids(model, 64, form="digit")
         >>> grids.questions[0], grids.pixel_values.shape  # doctest: +ELLIPSIS
         ('which digit is in the ... cell ?', torch.Size([64, 1, 24, 24]))

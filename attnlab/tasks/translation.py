@@ -87,7 +87,7 @@ class Translations:
         Example:
             >>> import attnlab
             >>> from attnlab.tasks import translations
-            >>> model = attnlab.load_model("aligner")
+            >>> model = attnlab.load_model("aligner", device="cpu")
             >>> data = translations(model, 32, words="held_out")
             >>> with torch.inference_mode(), attnlab.capture(model, emit=attnlab.Emit(argmax=True)) as session:
             ...     _ = model.hf(**data.inputs)
