@@ -40,7 +40,7 @@ def tile_rows(of: Logits, sums: Sums, spending: Spending | None, numbers: Number
 
     Args:
         of, sums, spending, numbers: see there.
-        s, p: buffers of `chunk_scores` entries. Weights that are kept do not need the second.
+        s, p: buffers of `chunk_scores` entries.
     """
     q, keys = of.q, of.k.size(2)
     b, n, g, i = q.size(0), q.size(1), q.size(2), q.size(3)
@@ -166,8 +166,8 @@ def _chunk_weights(
 def _sigmoids(t: Tensor, spare: Tensor, sums: Sums, numbers: Numbers, start: int, stop: int) -> Tensor | None:
     """Sum rows whose weights are to be sigmoids as they are, and return these; the logits `t` and `spare` are spent.
 
-    Nothing where all of a row are so small that their digits, or they, may be lost, or one is NaN. What the sums lack
-    `_over_largest` adds for all rows at a time; it knows these by `largest`.
+    None, with the logits as they were, where all of some row are so small that their digits, or they, may be lost, or
+    where one is NaN. What the sums lack `_over_largest` adds for all rows at a time; it knows these by `largest`.
     """
     kept, product, norm, largest = sums.weights, sums.product, sums.norm, sums.largest
     if largest is None or t.size(-1) == 0:
@@ -194,7 +194,10 @@ def _sigmoids(t: Tensor, spare: Tensor, sums: Sums, numbers: Numbers, start: int
 
 
 def _over_largest(sums: Sums, numbers: Numbers) -> None:
-    """Make sums of sigmoids those of their quotients to the largest, as sums of e^t are."""
+    """Make sums of sigmoids as they are those of their quotients to the largest, as the other rows' are.
+
+    Their `top` is yet a logit and becomes the logarithm of its sigmoid; `largest` is 0 in the other rows and becomes 1.
+    """
     largest, product, norm, total = sums.largest, sums.product, sums.norm, sums.total
     if largest is None:
         return

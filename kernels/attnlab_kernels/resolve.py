@@ -52,7 +52,7 @@ def resolve_problem(
     n_k = k.shape[2]
     window, query_offset = check_whole("window", window), check_whole("query_offset", query_offset)
     first_tokens = check_whole("first_tokens", first_tokens)
-    if isinstance(scale, float) and not math.isfinite(scale):
+    if scale is not None and not torch.compiler.is_compiling() and not math.isfinite(float(scale)):
         raise ValueError(f"scale is {scale}; expected a finite number.")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; expected at least 1, or None for no window.")
@@ -128,10 +128,10 @@ def check_device(name: str, tensor: Tensor | None, q: Tensor) -> None:
 
 
 def check_whole(name: str, number: Whole) -> Whole:
-    """A whole number as Python's own, whoever's it is.
+    """A whole number as Python's own, whoever's it is; None and a traced number stay what they are.
 
     Raises:
-        ValueError: it is another kind of number, or none.
+        ValueError: it is no whole number.
     """
     if number is None or isinstance(number, torch.SymInt):
         return number

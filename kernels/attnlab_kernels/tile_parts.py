@@ -60,8 +60,8 @@ class Sums(NamedTuple):
     Attributes:
         top, total, product: the largest logit, the sum of e^t and that of t e^t, with t = logit - largest logit, in the
             logits' units times `to_base_2`.
-        largest: for sigmoids alone: takes the largest weight of each row. Rows where that is not small keep sigmoids as
-            they are for weights; in others it is 1, as are weights of the largest logit elsewhere.
+        largest: for sigmoids alone: takes the largest weight of each row. Where no row of those that go together has
+            small ones only, weights are sigmoids as they are; elsewhere they are e^t, and it is 1.
         best: the place of the largest. norm: the square root of the sum of e^2t.
         weights: [b, n, g, i, j], e^t, 0 where hidden.
     """
@@ -102,8 +102,8 @@ class Numbers(NamedTuple):
         lowest: the lowest finite number.
         tiny: the least normal number; weights below it are written as 0, unless the processor `flushes` them itself.
         precision: the distance from 1 to the next number.
-        large_sigmoid: sigmoids are summed as they are in rows whose largest is not below it; the digits of smaller ones
-            are in their logarithms.
+        large_sigmoid: sigmoids are summed as they are where all rows that go together have one from it on; the digits
+            of smaller ones are in their logarithms.
         near: how many scores to take at a time, and `least` how many rows of a head at least.
     """
 

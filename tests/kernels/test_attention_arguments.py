@@ -23,6 +23,7 @@ K = torch.randn(2, 2, 7, 8)
         ({"query_offset": 1.5}, r"query_offset is 1.5; expected a whole number"),
         ({"first_tokens": "4"}, r"first_tokens is '4'; expected a whole number"),
         ({"scale": math.nan}, r"scale is nan; expected a finite number"),
+        ({"scale": np.float32("inf")}, r"scale is inf; expected a finite number"),
         ({"prefix": torch.full((2,), 1.5)}, r"prefix has dtype torch.float32; expected whole numbers of keys"),
         ({"emit": Emit(top_k=1.5)}, r"top_k is 1.5; expected a whole number"),
         ({"emit": Emit(pool=[2, 2.5])}, r"pool is 2.5; expected a whole number"),

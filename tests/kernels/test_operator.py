@@ -246,3 +246,14 @@ def test_an_import_brings_neither_triton_nor_a_compiler() -> None:
         "assert 'torch._dynamo' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_scales_that_vary_and_follow_from_shapes_compile_whole(dynamic: bool | None) -> None:
+    def run(q: torch.Tensor, scale: float) -> torch.Tensor:
+        return attention(q, q, q, scale=scale * q.shape[-1] ** -0.5, backend="tiled").out
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for scale, width in ((0.3, 8), (0.5, 8), (0.7, 16)):
+        q = torch.randn(1, 2, 6, width)
+        torch.testing.assert_close(compiled(q, scale), run(q, scale))
